@@ -1,0 +1,1 @@
+"""Networks as `flax.linen` modules with frozen configs. No I/O, no meshes."""

@@ -1,0 +1,1 @@
+"""Weights that enter or leave: one table per network, used in both directions, and the folders they live in."""

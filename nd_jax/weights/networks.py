@@ -1,0 +1,285 @@
+"""The networks that can be read from and written to model folders.
+
+A `Network` ties together what belongs to one class of a released folder: how its config.json is read and written, its
+Flax module, and its weight table. `COMPONENTS` says which network a subfolder of the released layout holds.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from nd_jax.errors import UserError
+from nd_jax.models import clip_text, context_adapter, t5
+from nd_jax.weights.table import KEEP, LINEAR, Weight, WeightTable, flatten, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One class of network in a model folder.
+
+    Attributes:
+      name: ours, for messages and metadata.
+      class_names: values of `architectures` or `_class_name` in config.json that mean this network.
+      read_config: config.json's dictionary -> our config.
+      write_config: our config -> the released class's config.json.
+      module: (config, dtype=, param_dtype=) -> Flax module.
+      inputs: config -> abstract inputs for `eval_shape`.
+      table: config -> weight table.
+      logical_axes: (path pattern, axis names) of the parameters, see `nd_jax.train.sharding`.
+      weights_file: name of the weights file when the folder is written.
+      partial: True when the file holds more than this network reads (its other tensors are ignored).
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any]], Any]
+    write_config: Callable[[Any], dict[str, Any]]
+    module: Callable[..., nn.Module]
+    inputs: Callable[[Any], tuple]
+    table: Callable[[Any], WeightTable]
+    logical_axes: tuple
+    weights_file: str = "model.safetensors"
+    partial: bool = False
+
+
+def abstract_params(network: Network, config: Any, dtype: Any = jnp.float32) -> dict:
+    """Parameter tree of `jax.ShapeDtypeStruct`s, without allocating or computing anything."""
+    module = network.module(config, param_dtype=dtype)
+    variables = jax.eval_shape(module.init, jax.random.key(0), *network.inputs(config))
+    return variables["params"]
+
+
+def flat_shapes(network: Network, config: Any) -> dict[str, tuple[int, ...]]:
+    """Our parameter path -> shape."""
+    return {path: leaf.shape for path, leaf in flatten(abstract_params(network, config)).items()}
+
+
+def _fields(config_class: type, json: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of config.json that the dataclass has, lists as tuples."""
+    names = {f.name for f in dataclasses.fields(config_class)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in json.items() if k in names and v is not None}
+
+
+# --- T5 ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_t5(json: Mapping[str, Any]) -> t5.T5Config:
+    activation = json.get("feed_forward_proj", "relu")
+    if activation != "gated-gelu":
+        raise UserError(f"T5 config has feed_forward_proj {activation!r}: only T5 v1.1 encoders (gated-gelu) are supported")
+    return t5.T5Config(**_fields(t5.T5Config, json))
+
+
+def _t5_json(config: t5.T5Config) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(config),
+        "dense_act_fn": "gelu_new",
+        "feed_forward_proj": "gated-gelu",
+        "is_gated_act": True,
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "model_type": "t5",
+    }
+
+
+def _write_t5(config: t5.T5Config) -> dict[str, Any]:
+    return {"architectures": ["T5EncoderModel"], **_t5_json(config), "tie_word_embeddings": False}
+
+
+def _t5_table(ours: str = "", theirs: str = "") -> WeightTable:
+    block, attention, mlp = (theirs + "encoder.block.{}.", "layer.0.SelfAttention.", "layer.1.DenseReluDense.")
+    return (
+        Weight(
+            ours + "token_embedding/embedding",
+            theirs + "shared.weight",
+            aliases=(theirs + "encoder.embed_tokens.weight",),
+        ),
+        Weight(
+            ours + "relative_bias", theirs + "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        ),
+        *rows(
+            ours + "blocks/",
+            block,
+            ("attention_norm/scale", "layer.0.layer_norm.weight", KEEP),
+            ("attention/query/kernel", attention + "q.weight", LINEAR),
+            ("attention/key/kernel", attention + "k.weight", LINEAR),
+            ("attention/value/kernel", attention + "v.weight", LINEAR),
+            ("attention/out/kernel", attention + "o.weight", LINEAR),
+            ("mlp_norm/scale", "layer.1.layer_norm.weight", KEEP),
+            ("mlp/gate/kernel", mlp + "wi_0.weight", LINEAR),
+            ("mlp/up/kernel", mlp + "wi_1.weight", LINEAR),
+            ("mlp/down/kernel", mlp + "wo.weight", LINEAR),
+        ),
+        Weight(ours + "final_norm/scale", theirs + "encoder.final_layer_norm.weight"),
+    )
+
+
+def _token_inputs(length: int, with_mask: bool) -> tuple:
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return (ids, ids) if with_mask else (ids,)
+
+
+T5_ENCODER = Network(
+    name="t5_encoder",
+    class_names=("T5EncoderModel", "T5ForConditionalGeneration"),
+    read_config=_read_t5,
+    write_config=_write_t5,
+    module=t5.T5Encoder,
+    inputs=lambda config: _token_inputs(8, with_mask=True),
+    table=lambda config: _t5_table(),
+    logical_axes=t5.LOGICAL_AXES,
+)
+
+
+def _read_distil_t5(json: Mapping[str, Any]) -> t5.DistilT5Config:
+    encoder = _read_t5(json)
+    width = json.get("project_in_dim", encoder.d_model)
+    if width != encoder.d_model:
+        raise UserError(f"DistilT5 config has project_in_dim {width} and d_model {encoder.d_model}: they must be equal")
+    return t5.DistilT5Config(encoder, json.get("out_dim", json.get("project_out_dim", 4096)))
+
+
+def _write_distil_t5(config: t5.DistilT5Config) -> dict[str, Any]:
+    return {
+        "architectures": ["T5EncoderWithProjection"],
+        **_t5_json(config.encoder),
+        "project_in_dim": config.encoder.d_model,
+        "out_dim": config.projection_dim,
+        "project_out_dim": config.projection_dim,
+    }
+
+
+DISTIL_T5 = Network(
+    name="distil_t5",
+    class_names=("T5EncoderWithProjection",),
+    read_config=_read_distil_t5,
+    write_config=_write_distil_t5,
+    module=t5.DistilT5,
+    inputs=lambda config: _token_inputs(8, with_mask=True),
+    table=lambda config: (
+        *_t5_table("encoder/", "encoder."),
+        Weight("projection/projection_hidden/kernel", "final_projection.0.weight", LINEAR),
+        Weight("projection/projection_out/kernel", "final_projection.3.weight", LINEAR),
+    ),
+    logical_axes=t5.LOGICAL_AXES,
+)
+
+# --- ContextAdapter and the teacher's context embedder ----------------------------------------------------------------
+
+
+def _adapter_table(config: context_adapter.ContextAdapterConfig) -> WeightTable:
+    layers = [(f"hidden_{i}", f"network_layers.{i}.1") for i in range(len(config.layer_depths))]
+    layers.append(("out", f"network_layers.{len(layers)}.0"))
+    table = []
+    for ours, theirs in layers:
+        table.append(Weight(f"{ours}/kernel", f"{theirs}.weight", LINEAR))
+        if config.use_biases:
+            table.append(Weight(f"{ours}/bias", f"{theirs}.bias"))
+    return tuple(table)
+
+
+CONTEXT_ADAPTER = Network(
+    name="context_adapter",
+    class_names=("ContextAdapter",),
+    read_config=lambda json: context_adapter.ContextAdapterConfig(
+        **_fields(context_adapter.ContextAdapterConfig, json)
+    ),
+    write_config=lambda config: {"_class_name": "ContextAdapter", **dataclasses.asdict(config)},
+    module=context_adapter.ContextAdapter,
+    inputs=lambda config: (jax.ShapeDtypeStruct((1, 8, config.input_dims), jnp.float32),),
+    table=_adapter_table,
+    logical_axes=context_adapter.LOGICAL_AXES,
+    weights_file="diffusion_pytorch_model.safetensors",
+)
+
+
+def _read_embedder(json: Mapping[str, Any]) -> context_adapter.ContextEmbedderConfig:
+    return context_adapter.ContextEmbedderConfig(**_fields(context_adapter.ContextEmbedderConfig, json))
+
+
+CONTEXT_EMBEDDER = Network(
+    name="context_embedder",
+    class_names=("PyramidDiffusionMMDiT",),
+    read_config=_read_embedder,
+    write_config=lambda config: {"_class_name": "PyramidDiffusionMMDiT", **dataclasses.asdict(config)},
+    module=context_adapter.ContextEmbedder,
+    inputs=lambda config: (jax.ShapeDtypeStruct((1, 8, config.joint_attention_dim), jnp.float32),),
+    table=lambda config: (
+        Weight("context_embedder/kernel", "context_embedder.weight", LINEAR),
+        Weight("context_embedder/bias", "context_embedder.bias"),
+    ),
+    logical_axes=context_adapter.LOGICAL_AXES,
+    weights_file="diffusion_pytorch_model.safetensors",
+    partial=True,
+)
+
+# --- CLIP -------------------------------------------------------------------------------------------------------------
+
+
+def _clip_table(config: clip_text.CLIPTextConfig) -> WeightTable:
+    def linear(ours: str, theirs: str) -> tuple:
+        return (f"{ours}/kernel", f"{theirs}.weight", LINEAR), (f"{ours}/bias", f"{theirs}.bias", KEEP)
+
+    def norm(ours: str, theirs: str) -> tuple:
+        return (f"{ours}/scale", f"{theirs}.weight", KEEP), (f"{ours}/bias", f"{theirs}.bias", KEEP)
+
+    return (
+        Weight("token_embedding/embedding", "text_model.embeddings.token_embedding.weight"),
+        Weight("position_embedding/embedding", "text_model.embeddings.position_embedding.weight"),
+        *rows(
+            "blocks/",
+            "text_model.encoder.layers.{}.",
+            *norm("attention_norm", "layer_norm1"),
+            *linear("attention/query", "self_attn.q_proj"),
+            *linear("attention/key", "self_attn.k_proj"),
+            *linear("attention/value", "self_attn.v_proj"),
+            *linear("attention/out", "self_attn.out_proj"),
+            *norm("mlp_norm", "layer_norm2"),
+            *linear("mlp/up", "mlp.fc1"),
+            *linear("mlp/down", "mlp.fc2"),
+        ),
+        *rows("", "text_model.", *norm("final_norm", "final_layer_norm")),
+        Weight("text_projection/kernel", "text_projection.weight", LINEAR),
+    )
+
+
+CLIP_TEXT = Network(
+    name="clip_text",
+    class_names=("CLIPTextModelWithProjection",),
+    read_config=lambda json: clip_text.CLIPTextConfig(**_fields(clip_text.CLIPTextConfig, json)),
+    write_config=lambda config: {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "model_type": "clip_text_model",
+        **dataclasses.asdict(config),
+    },
+    module=clip_text.CLIPText,
+    inputs=lambda config: _token_inputs(min(8, config.max_position_embeddings), with_mask=False),
+    table=_clip_table,
+    logical_axes=clip_text.LOGICAL_AXES,
+)
+
+NETWORKS = (T5_ENCODER, DISTIL_T5, CONTEXT_ADAPTER, CONTEXT_EMBEDDER, CLIP_TEXT)
+
+
+def network_of(json: Mapping[str, Any], where: str) -> Network:
+    """The network that a config.json describes.
+
+    Args:
+      json: the file's dictionary.
+      where: the file's path, for the message.
+
+    Raises:
+      UserError: no class is named, or none that is known here.
+    """
+    name = json.get("_class_name") or next(iter(json.get("architectures") or ()), None)
+    for network in NETWORKS:
+        if name in network.class_names:
+            return network
+    known = sorted(c for n in NETWORKS for c in n.class_names)
+    raise UserError(f"{where}: class {name!r} is not supported; known classes are {', '.join(known)}")
