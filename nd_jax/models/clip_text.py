@@ -141,7 +141,13 @@ class CLIPText(nn.Module):
     def __call__(self, ids: jax.Array) -> CLIPTextOutput:
         """Args: ids int32 [B, L], L at most `max_position_embeddings`, padded as the model's tokenizer pads."""
         cfg = self.config
-        embed = partial(nn.Embed, features=cfg.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
+        embed = partial(
+            TokenEmbedding,
+            features=cfg.hidden_size,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            embedding_init=nn.initializers.normal(0.02),
+        )
         positions = jnp.arange(ids.shape[-1])
         tokens = embed(cfg.vocab_size, name="token_embedding")(ids)
         x_BLD = tokens + embed(cfg.max_position_embeddings, name="position_embedding")(positions)[None]

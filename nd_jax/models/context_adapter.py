@@ -25,7 +25,7 @@ ACTIVATIONS = {
 
 LOGICAL_AXES = (
     (r"hidden_\d+/kernel$", ("embed", "mlp")),
-    (r"out/kernel$", ("mlp", "embed")),
+    (r"(^|/)out/kernel$", ("mlp", "embed")),
     (r"context_embedder/kernel$", ("embed", "mlp")),
 )
 

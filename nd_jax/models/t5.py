@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from nd_jax.models.layers import TokenEmbedding
+
 # Large enough to remove a padded key in float32 and bfloat16, and finite, so that a row without any valid key is
 # a uniform average instead of NaN.
 MASKED_LOGIT = -1e9
@@ -230,14 +232,7 @@ class T5Encoder(nn.Module):
     def __call__(self, ids: jax.Array, mask: jax.Array, return_block_states: bool = False) -> T5Output:
         """Args: ids int32 [B, L]; mask int32 or bool [B, L], 1 for real tokens."""
         cfg = self.config
-        embed = nn.Embed(
-            cfg.vocab_size,
-            cfg.d_model,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            embedding_init=nn.initializers.normal(1.0),
-            name="token_embedding",
-        )
+        embed = TokenEmbedding(cfg.vocab_size, cfg.d_model, self.dtype, self.param_dtype, name="token_embedding")
         table = self.param(
             "relative_bias",
             nn.initializers.normal(cfg.d_model**-0.5),

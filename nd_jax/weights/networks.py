@@ -32,6 +32,8 @@ class Network:
       logical_axes: (path pattern, axis names) of the parameters, see `nd_jax.train.sharding`.
       weights_file: name of the weights file when the folder is written.
       partial: True when the file holds more than this network reads (its other tensors are ignored).
+      ignored: patterns of keys that published checkpoints carry beside the parameters: constant buffers, and the
+        decoder of a whole T5.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Network:
     logical_axes: tuple
     weights_file: str = "model.safetensors"
     partial: bool = False
+    ignored: tuple[str, ...] = ()
 
 
 def abstract_params(network: Network, config: Any, dtype: Any = jnp.float32) -> dict:
@@ -134,6 +137,7 @@ T5_ENCODER = Network(
     inputs=lambda config: _token_inputs(8, with_mask=True),
     table=lambda config: _t5_table(),
     logical_axes=t5.LOGICAL_AXES,
+    ignored=(r"decoder\..*", r"lm_head\.weight"),
 )
 
 
@@ -262,6 +266,7 @@ CLIP_TEXT = Network(
     inputs=lambda config: _token_inputs(min(8, config.max_position_embeddings), with_mask=False),
     table=_clip_table,
     logical_axes=clip_text.LOGICAL_AXES,
+    ignored=(r"text_model\.embeddings\.position_ids",),
 )
 
 NETWORKS = (T5_ENCODER, DISTIL_T5, CONTEXT_ADAPTER, CONTEXT_EMBEDDER, CLIP_TEXT)

@@ -1,0 +1,1 @@
+"""One loop, one sharded step factory and one checkpointer for all methods. Nothing here knows which method runs."""

@@ -1,0 +1,237 @@
+"""Checkpoints: state, data position and the whole config together, through Orbax.
+
+A checkpoint `WORKDIR/checkpoints/<steps done>/` has the items
+
+    params      trained role -> parameters (what an export reads)
+    optimizer   step, rng, optimiser states, moving averages
+    data        position of the data iterator
+    meta        config, method, and source and hash of every frozen role (frozen weights are not saved)
+
+Saving is asynchronous and sharded: every process writes its own shards. A save that was cut short leaves a temporary folder
+that is never read. Restoring takes shardings, so that a run may continue on another mesh.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from nd_jax.errors import UserError
+from nd_jax.train.metrics import write_atomic
+from nd_jax.train.step import TrainState
+
+CONFIG_FILE = "config.json"
+
+# What may differ between a workdir and the config that continues it: how the run is executed, not what it computes.
+RUNTIME_KEYS = ("mesh", "num_steps", "log_every", "eval_every", "checkpoint")
+
+
+class Checkpointer:
+    """Saves and restores `TrainState`s of one workdir.
+
+    Args:
+      workdir: the run's folder.
+      keep: how many of the latest checkpoints stay.
+      best_metric: a metric; the checkpoint with its highest value also stays ("": none).
+      meta: what the `meta` item of every checkpoint holds.
+    """
+
+    def __init__(self, workdir: Path, keep: int, best_metric: str, meta: Mapping[str, Any]):
+        policies = [checkpoint_managers.LatestN(keep)]
+        if best_metric:
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda m: m[best_metric], n=1, keep_checkpoints_without_metrics=False
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            # Makes the manager read the metrics of existing checkpoints when a run resumes.
+            best_fn=(lambda m: m[best_metric]) if best_metric else None,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        self.folder = (workdir / "checkpoints").resolve()
+        self._meta = dict(meta)
+        self._best = best_metric
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data_state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Starts a save; the files are complete when a later call of `wait` returns.
+
+        Raises:
+          UserError: this or an earlier save failed (a full disk, say). Earlier checkpoints are untouched.
+        """
+        if step in self._manager.all_steps():
+            return
+        best = {self._best: metrics[self._best]} if self._best in metrics else None
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(_optimizer_item(state)),
+            data=ocp.args.JsonSave(dict(data_state)),
+            meta=ocp.args.JsonSave(self._meta),
+        )
+        with self._reporting(step):
+            self._manager.save(step, args=items, metrics=best)
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk. Raises UserError as `save`."""
+        with self._reporting(None):
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """State and data position.
+
+        Args:
+          step: one of the saved steps.
+          abstract: `jax.ShapeDtypeStruct`s with the shardings to restore to.
+
+        Raises:
+          UserError: the checkpoint is damaged, has other shapes, or was made with other frozen weights.
+        """
+        where = self.folder / str(step)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params),
+            optimizer=ocp.args.StandardRestore(_optimizer_item(abstract)),
+            data=ocp.args.JsonRestore(),
+            meta=ocp.args.JsonRestore(),
+        )
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # Orbax and TensorStore raise many types; each means that this folder cannot be read
+            raise UserError(_damaged(where, error)) from error
+        saved, ours = restored["meta"]["frozen"], self._meta["frozen"]
+        for role in ours:
+            if saved.get(role) != ours[role]:
+                raise UserError(
+                    f"checkpoint {where} was made with the frozen {role} {saved.get(role)}, this run has {ours[role]}: "
+                    "give the same weights, or another --workdir"
+                )
+        state = TrainState(params=restored["params"], **restored["optimizer"])
+        return state, restored["data"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _reporting(self, step: int | None) -> "_SaveErrors":
+        return _SaveErrors(self, step)
+
+
+class _SaveErrors:
+    """Turns a failed save into a one-line error that says what is still good."""
+
+    def __init__(self, checkpointer: Checkpointer, step: int | None):
+        self._checkpointer, self._step = checkpointer, step
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if error is None or not isinstance(error, Exception):
+            return
+        what = "a checkpoint" if self._step is None else f"the checkpoint of step {self._step} or the one before it"
+        raise UserError(
+            f"could not save {what} in {self._checkpointer.folder} ({_first_line(error)}): free disk space and run the same "
+            f"command again; complete checkpoints: {complete_steps(self._checkpointer.folder) or 'none'}"
+        ) from error
+
+
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "rng": state.rng, "opt_state": state.opt_state, "ema": state.ema}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _damaged(where: Path, error: BaseException) -> str:
+    others = [s for s in complete_steps(where.parent) if s != int(where.name)]
+    remedy = f"remove that folder to continue from step {others[-1]}" if others else "remove that folder to start anew"
+    return f"checkpoint {where} cannot be read ({_first_line(error)}): {remedy}"
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder."""
+    return sorted(int(p.name) for p in folder.glob("*") if p.name.isdigit()) if folder.exists() else []
+
+
+def abstract_with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes with shardings attached, what `restore` takes."""
+    attach = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(attach, abstract, shardings)
+
+
+def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes the config into a new workdir; refuses a workdir that another config made.
+
+    Raises:
+      UserError: names the keys that differ. `RUNTIME_KEYS` may differ.
+    """
+    path = workdir / CONFIG_FILE
+    if path.exists():
+        differences = _differences(json.loads(path.read_text()), json.loads(json.dumps(config)))
+        if differences:
+            shown = "; ".join(f"{key}: {old!r} there, {new!r} here" for key, old, new in differences[:5])
+            more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+            raise UserError(f"{workdir} was made by another config ({shown}{more}): choose another --workdir")
+    if jax.process_index() == 0:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to workdir {workdir} ({error.strerror or error})") from error
+
+
+def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in sorted(set(old) | set(new)):
+        path = prefix + key
+        if path in RUNTIME_KEYS or old.get(key) == new.get(key):
+            continue
+        if isinstance(old.get(key), Mapping) and isinstance(new.get(key), Mapping):
+            found += _differences(old[key], new[key], path + ".")
+        else:
+            found.append((path, old.get(key), new.get(key)))
+    return found
+
+
+def load_params(workdir: Path, step: int | None = None) -> tuple[dict, dict, int]:
+    """Parameters of a checkpoint as numpy arrays, its meta, and its step (for exports; no mesh needed).
+
+    Args:
+      workdir: a run's folder.
+      step: which checkpoint; the latest when None.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    folder = (workdir / "checkpoints").resolve()
+    steps = complete_steps(folder)
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint in {folder}: give the --workdir of a training run")
+    if step is not None and step not in steps:
+        raise UserError(f"{workdir} has no checkpoint of step {step}: the steps are {steps}")
+    step = steps[-1] if step is None else step
+    try:
+        meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            structure = checkpointer.metadata(folder / str(step) / "params").item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=_numpy_array()), structure)
+            params = checkpointer.restore(folder / str(step) / "params", restore_args=as_numpy)
+    except Exception as error:  # as in `Checkpointer.restore`
+        raise UserError(_damaged(folder / str(step), error)) from error
+    return params, meta, step
+
+
+def _numpy_array() -> type:
+    import numpy as np
+
+    return np.ndarray

@@ -1,0 +1,220 @@
+"""The store of imported weights: one Orbax checkpoint per component, and `model.json` that says what they are.
+
+    STORE/model.json             networks, sources and their hashes, file sizes, spelling of the released files
+    STORE/NAME/config.json       config of the component, as in its released folder
+    STORE/NAME/params/           Orbax PyTree checkpoint of the parameters, in our layout and the source's dtypes
+    STORE/NAME/buffers.safetensors   constant buffers of the source, if it had any
+    STORE/tokenizer*/            copied as they are
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from nd_jax.errors import UserError
+from nd_jax.weights.folder import Component, Origin, read_config, replacing_folder
+from nd_jax.weights.networks import NETWORKS, flat_shapes
+from nd_jax.weights.safetensors_io import TORCH_METADATA, SafetensorsFile, build_header, write_safetensors
+from nd_jax.weights.sources import is_plain_name, listing, read_json
+from nd_jax.weights.table import flatten, unflatten
+
+INDEX = "model.json"
+FORMAT = "nd_jax.store.1"
+# Orbax writes up to 128 chunks at a time and collects them in data files of the target size, all in memory: small ones
+# of both keep the peak of an import near the component's own size.
+CHUNK_BYTES = 1 << 20
+DATA_FILE_BYTES = 1 << 22
+BUFFERS = "buffers.safetensors"
+
+
+def save_store(
+    directory: Path,
+    components: Mapping[str, Component] | Iterable[tuple[str, Component]],
+    source: str,
+    folders: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Writes a store; it appears under its name when it is complete, and replaces an older store only then.
+
+    Args:
+      directory: the destination.
+      components: name -> component, or pairs from a generator that loads one component at a time; one is held at once.
+      source: what was imported, for the record.
+      folders: name -> folder to copy along (tokenizers).
+
+    Returns:
+      What `model.json` holds.
+
+    Raises:
+      UserError: the destination is something else, cannot be written, or the disk is full.
+    """
+    directory = Path(directory).absolute()
+    index: dict[str, Any] = {"format": FORMAT, "source": source, "components": {}, "folders": sorted(folders or {})}
+    pairs = iter(components.items() if isinstance(components, Mapping) else components)
+    with replacing_folder(directory, INDEX) as temporary:
+        # `next` instead of a `for`, whose variable would keep a component while the next one is being loaded.
+        while (pair := next(pairs, None)) is not None:
+            name, component = pair
+            index["components"][name] = _save_component(temporary / name, component)
+            del pair, component
+        for name, folder in (folders or {}).items():
+            shutil.copytree(folder, temporary / name)
+        (temporary / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return index
+
+
+def _save_component(folder: Path, component: Component) -> dict[str, Any]:
+    network, origin = component.network, component.origin
+    params = jax.tree.map(np.asarray, component.params)
+    leaves = jax.tree.leaves(params)
+    folder.mkdir()
+    config_text = origin.config_text if origin and origin.config_text else None
+    text = config_text or json.dumps(network.write_config(component.config), indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    if origin and origin.buffers:
+        specs = {key: (array.dtype, array.shape) for key, array in origin.buffers.items()}
+        write_safetensors(folder / BUFFERS, build_header(specs, TORCH_METADATA), lambda key: origin.buffers[key])
+    # Saving is synchronous, so Orbax need not copy the arrays first.
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+    )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    with _quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
+        try:
+            checkpointer.save(
+                folder / "params",
+                args=ocp.args.PyTreeSave(params, save_args, ocdbt_target_data_file_size=DATA_FILE_BYTES),
+            )
+        except ValueError as error:  # TensorStore's errors, a full disk among them.
+            raise UserError(f"{folder}: cannot be written ({_first_line(error)}); free space and run again") from error
+    return {
+        "network": network.name,
+        "source": origin.source if origin else None,
+        "sha256": origin.sha256 if origin else None,
+        "parameters": sum(leaf.size for leaf in leaves),
+        "bytes": sum(leaf.nbytes for leaf in leaves),
+        "dtypes": sorted({leaf.dtype.name for leaf in leaves}),
+        "headers": dict(origin.headers) if origin else {},
+        "index": list(origin.index) if origin and origin.index else None,
+        "files": {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()},
+    }
+
+
+def is_store(directory: Path) -> bool:
+    """Whether a folder is a store of imported weights."""
+    return (Path(directory) / INDEX).is_file()
+
+
+def read_store(directory: Path) -> dict[str, Any]:
+    """What `model.json` holds, checked.
+
+    Raises:
+      UserError: not a store, or one that is damaged.
+    """
+    path = Path(directory) / INDEX
+    index = read_json(path)
+    if index.get("format") != FORMAT:
+        raise UserError(f"{path}: format {index.get('format')!r} is not {FORMAT!r}; import the weights again")
+    names = [*index.get("components", {}), *index.get("folders", [])]
+    if not all(is_plain_name(name) for name in names):
+        raise UserError(f"{path}: names a component outside of the store; import the weights again")
+    return index
+
+
+def load_store(
+    directory: Path,
+    names: Iterable[str] | None = None,
+    shardings: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+) -> dict[str, Component]:
+    """Components of a store, all or those named. `shardings` maps names to trees, see `load_stored`."""
+    known = read_store(directory)["components"]
+    return {
+        name: load_stored(directory, name, (shardings or {}).get(name), dtype)
+        for name in (known if names is None else names)
+    }
+
+
+def load_stored(directory: Path, name: str, shardings: Any = None, dtype: Any = None) -> Component:
+    """One component of a store.
+
+    Args:
+      directory: the store.
+      name: the component.
+      shardings: a tree like the parameters of `jax.sharding.Sharding`; the result then holds JAX arrays, otherwise numpy.
+      dtype: dtype of the result; by default that of the store.
+
+    Raises:
+      UserError: no such store or component, or it is damaged.
+    """
+    directory = Path(directory).absolute()
+    known = read_store(directory)["components"]
+    if name not in known:
+        raise UserError(f"{directory}: has no component {name!r}; it has {', '.join(sorted(known)) or 'none'}")
+    entry, folder = known[name], directory / name
+    network = next((n for n in NETWORKS if n.name == entry.get("network")), None)
+    if network is None:
+        raise UserError(f"{directory / INDEX}: network {entry.get('network')!r} is not known; import the weights again")
+    wrong = [f for f, size in entry["files"].items() if not (folder / f).is_file() or (folder / f).stat().st_size != size]
+    if wrong:
+        raise UserError(f"{folder}: damaged, absent or truncated are {listing(wrong)}; import the weights again")
+    _, config, _ = read_config(folder, network)
+    shapes = flat_shapes(network, config)
+    leaf_args = (
+        dict.fromkeys(shapes, ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype))
+        if shardings is None
+        else {p: ocp.ArrayRestoreArgs(sharding=s, dtype=dtype) for p, s in flatten(shardings).items()}
+    )
+    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            params = checkpointer.restore(
+                folder / "params", args=ocp.args.PyTreeRestore(restore_args=unflatten(leaf_args))
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(f"{folder}: cannot be read ({_first_line(error)}); import the weights again") from error
+    found = {path: leaf.shape for path, leaf in flatten(params).items()}
+    unlike = [p for p in sorted(set(found) | set(shapes)) if found.get(p) != shapes.get(p)]
+    if unlike:
+        raise UserError(f"{folder}: parameters do not fit config.json: {listing(unlike)}; import the weights again")
+    return Component(network, config, params, _origin(folder, entry))
+
+
+def _origin(folder: Path, entry: Mapping[str, Any]) -> Origin | None:
+    if entry["sha256"] is None:
+        return None
+    buffers = {}
+    if (folder / BUFFERS).is_file():
+        with SafetensorsFile(folder / BUFFERS) as file:
+            buffers = {key: file.read(key) for key in file.keys()}
+    return Origin(
+        entry["source"],
+        entry["sha256"],
+        (folder / "config.json").read_text(encoding="utf-8"),
+        entry["headers"],
+        tuple(entry["index"]) if entry["index"] else None,
+        buffers,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Orbax warns that a registry without JAX arrays stores no array metadata; there are none here."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
