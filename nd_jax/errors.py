@@ -1,5 +1,17 @@
-"""The one exception that a command shows to its user without a traceback."""
+"""The one exception that a command shows to its user without a traceback, and the way it does so."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
     """Bad input: the message names the thing, its value and the remedy, in one line."""
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Exit status of a command: a `UserError` becomes `error: ...` on stderr and status 1."""
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

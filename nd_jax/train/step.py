@@ -66,7 +66,7 @@ def state_shardings(abstract: TrainState, method: Distillation, optimizers: Opti
     params = {n: param_shardings(p, method.roles[n].logical_axes, mesh) for n, p in abstract.params.items()}
     trainable = {n: partition(params[n], method.roles[n].trainable)[0] for n in params}
     opt_state = {
-        name: optax.tree_utils.tree_map_params(
+        name: optax.tree.map_params(
             optimizers[name],
             lambda _, sharding: sharding,
             abstract.opt_state[name],
@@ -161,7 +161,7 @@ def make_train_step(
             ema=ema,
         )
         metrics = {name: mean.value for name, mean in means.items()}
-        return state, metrics | {"grad_norm": optax.global_norm(grads)}
+        return state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(
         step,
