@@ -30,7 +30,9 @@ def tokenizer_folder(config: Mapping[str, Any], workdir: Path) -> Path:
 def _prompt_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, EvalBatches]:
     data = config["data"]
     if not data["prompts"]:
-        raise UserError("config.data.prompts is empty: name a .txt, .jsonl or .array_record file, a folder or a pattern")
+        raise UserError(
+            "config.data.prompts is empty: name a .txt, .jsonl or .array_record file, a folder or a pattern"
+        )
     source = PromptSource(data["prompts"], data["prompt_key"], data["skip_bad"])
     if source.num_skipped and jax.process_index() == 0:
         print(f"left out {source.num_skipped} malformed prompts, first {source.first_skipped}", flush=True)
@@ -41,7 +43,9 @@ def _prompt_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, Eva
     tokenizer = load_tokenizer(folder)
     vocabulary = config["student"]["encoder"]["vocab_size"]
     if len(tokenizer) > vocabulary:
-        raise UserError(f"{folder}: {len(tokenizer)} tokens do not fit vocab_size {vocabulary} of the student's encoder")
+        raise UserError(
+            f"{folder}: {len(tokenizer)} tokens do not fit vocab_size {vocabulary} of the student's encoder"
+        )
     options = LoaderOptions(
         global_batch=config["batch_size"],
         seed=config["seed"],

@@ -1,7 +1,7 @@
 """CLIP text models with projection (CLIP-L and CLIP-G): pooled and penultimate states.
 
-Agrees with `transformers.CLIPTextModelWithProjection`. Pre-norm blocks with causal attention and no padding mask, as the
-public pipelines run them. Shape letters as in `t5.py`, P for the projection width.
+Agrees with `transformers.CLIPTextModelWithProjection`. Pre-norm blocks with causal attention and no padding mask, as
+the public pipelines run them. Shape letters as in `t5.py`, P for the projection width.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from nd_jax.models.layers import TokenEmbedding
 
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),

@@ -46,7 +46,8 @@ class ContextAdapterConfig:
     def __post_init__(self):
         if len(self.layer_depths) != len(self.skips):
             raise ValueError(
-                f"layer_depths has {len(self.layer_depths)} entries and skips {len(self.skips)}: give one skip per hidden layer"
+                f"layer_depths has {len(self.layer_depths)} entries and skips {len(self.skips)}: "
+                "give one skip per hidden layer"
             )
         for name in (self.activation_fn, self.out_activation_fn):
             if name not in ACTIVATIONS:

@@ -10,8 +10,8 @@ from flax import linen as nn
 class TokenEmbedding(nn.Module):
     """Row lookup: ids int32 [...] -> [..., features] in `dtype`. Parameter `embedding` [vocab, features].
 
-    Unlike `nn.Embed` it gathers the sharded table before the lookup. Otherwise the rows come out split the way the table
-    is, and the partitioner replicates the whole batch to split it again by rows.
+    Unlike `nn.Embed` it gathers the sharded table before the lookup. Otherwise the rows come out split the way the
+    table is, and the partitioner replicates the whole batch to split it again by rows.
     """
 
     vocab_size: int

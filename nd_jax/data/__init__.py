@@ -1,0 +1,1 @@
+"""Prompts, tokenizers and the batch pipeline. Everything here is numpy on the host; nothing touches a device."""
