@@ -1,0 +1,1 @@
+"""Self-contained HTML reports from plain data: one file, no script, nothing fetched."""
