@@ -40,7 +40,9 @@ def _apply(config: ml_collections.ConfigDict, override: str) -> None:
     name, equals, text = override.partition("=")
     prefix = "--config."
     if not name.startswith(prefix) or not equals:
-        raise UserError(f"argument {override!r} is not understood: overrides look like --config.optimizer.learning_rate=1e-4")
+        raise UserError(
+            f"argument {override!r} is not understood: overrides look like --config.optimizer.learning_rate=1e-4"
+        )
     *parents, leaf = name.removeprefix(prefix).split(".")
     node = config
     for depth, parent in enumerate(parents):
@@ -85,5 +87,7 @@ def _convert(value: Any, old: Any, key: str) -> Any:
 
 def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Dictionaries, lists and scalars: what JSON gives back, so that a saved config compares equal."""
-    convert = lambda v: {k: convert(x) for k, x in v.items()} if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v
+    convert = lambda v: (
+        {k: convert(x) for k, x in v.items()} if isinstance(v, dict) else list(v) if isinstance(v, tuple) else v
+    )
     return convert(config.to_dict())

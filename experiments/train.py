@@ -22,11 +22,15 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser = argparse.ArgumentParser(
         prog="python -m experiments.train",
         description="Train one distillation; the same command continues an interrupted run.",
-        epilog="Any config value can be set with --config.KEY=VALUE, for example --config.optimizer.learning_rate=1e-3.",
+        epilog="Any config value can be set with --config.KEY=VALUE, such as --config.optimizer.learning_rate=1e-3.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="experiments/configs/NAME.py:tiny|full")
-    parser.add_argument("--workdir", required=True, type=Path, help="checkpoints, metrics.jsonl and tensorboard/ go here")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE.py:VARIANT", help="experiments/configs/NAME.py:tiny|full"
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=Path, help="checkpoints, metrics.jsonl and tensorboard/ go here"
+    )
     parser.add_argument("--distributed", action="store_true", help="several processes that find each other (TPU pods)")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, when they cannot find it")
     parser.add_argument("--num-processes", type=int, help="with --coordinator: how many processes run")
@@ -54,16 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
     args, overrides = parse(argv)
     config = plain(load_config(args.config, overrides))
-    start_processes(args)
 
+    start_processes(args)
     import jax
 
     from nd_jax.data.registry import build_data
-    from nd_jax.distill.registry import build_method
+    from nd_jax.distill.registry import build_method, resolve_config
     from nd_jax.train.checkpoint import claim_workdir
     from nd_jax.train.loop import train
     from nd_jax.train.metrics import write_atomic
 
+    config = resolve_config(config)
     claim_workdir(args.workdir, config)
     if not jax.config.jax_compilation_cache_dir:
         # A restarted job should not compile again what it compiled before.

@@ -1,4 +1,4 @@
-"""A method of two trained roles and a frozen one on vectors: compiles in a blink, exercises all that the trainer does."""
+"""A method of two trained roles and a frozen one on vectors: quick to compile, exercises all that the trainer does."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -26,7 +26,7 @@ def toy_method(teacher_seed: int = 7) -> Distillation:
             abstract=jax.eval_shape(init(seed)),
             logical_axes=((r"kernel$", ("embed", "mlp")),),
             source=f"random, seed {seed}",
-            sha256=str(seed),
+            sha256=lambda: str(seed),
             init=init(seed),
             trainable=trainable,
         )

@@ -74,7 +74,7 @@ def _base() -> ConfigDict:
 
 def _tiny(config: ConfigDict) -> ConfigDict:
     width = 64
-    encoder = {"vocab_size": 2048, "d_model": width, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    encoder = {"vocab_size": 256, "d_model": width, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
     config.update(
         {
             "num_steps": 600,
@@ -87,12 +87,12 @@ def _tiny(config: ConfigDict) -> ConfigDict:
                 "context_adapter": "",
                 "encoder": dict(encoder),
                 "projection_dim": width,
-                "adapter_layers": (128, 128, 128, 128),
+                "adapter": {"layer_depths": (128, 128, 128, 128)},
             },
             "teacher": {
                 "text_encoder": "",
                 "mmdit": "",
-                "encoder": dict(encoder, num_layers=4),
+                "encoder": dict(encoder, num_layers=3),
                 "context_dim": 48,
                 "param_dtype": "float32",
                 "seed": 1,
@@ -103,7 +103,8 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     config.loss.mode = "TDT5"
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
-    config.data.tokenizer_vocab = 2048
+    # Few enough pieces that a thousand prompts show each of them often.
+    config.data.tokenizer_vocab = 256
     config.data.max_length = 64
     config.data.eval_fraction = 0.1
     return config
@@ -129,7 +130,7 @@ def _full(config: ConfigDict) -> ConfigDict:
                     "num_heads": 12,
                 },
                 "projection_dim": 4096,
-                "adapter_layers": (4096,) * 4,
+                "adapter": {"layer_depths": (4096,) * 4},
             },
             "teacher": {
                 "text_encoder": "",

@@ -52,13 +52,13 @@ class Role:
       trainable: path patterns of the parameters that train. Empty: the role is frozen, it is an input of the step and
         never enters a checkpoint.
       source: where the weights come from, recorded in every checkpoint.
-      sha256: hash of that source; resuming with other weights is refused.
+      sha256: () -> hash of that source; resuming with other frozen weights is refused.
     """
 
     abstract: Params
     logical_axes: tuple
     source: str
-    sha256: str
+    sha256: Callable[[], str]
     init: Callable[[], Params] | None = None
     load: Callable[[], Params] | None = None
     trainable: tuple[str, ...] = ()

@@ -3,15 +3,25 @@
 from collections.abc import Mapping
 from typing import Any
 
+from nd_jax.distill import text_encoder_roles
 from nd_jax.distill.base import Distillation
-from nd_jax.distill.text_encoder_roles import text_encoder_from_config
 from nd_jax.errors import UserError
 
-METHODS = {"text_encoder": text_encoder_from_config}
+# name -> (fills in what the config's folders say, builds the method of a filled-in config)
+METHODS = {"text_encoder": (text_encoder_roles.resolve_config, text_encoder_roles.text_encoder_from_config)}
+
+
+def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with everything filled in that the folders which it names say; what a run saves."""
+    return _method(config)[0](config)
 
 
 def build_method(config: Mapping[str, Any]) -> Distillation:
-    """The method that `config["method"]` names, with its roles bound to the weights that the config names."""
+    """The method that a resolved config describes."""
+    return _method(config)[1](config)
+
+
+def _method(config: Mapping[str, Any]) -> tuple:
     if config["method"] not in METHODS:
         raise UserError(f"method is {config['method']!r}: known methods are {', '.join(sorted(METHODS))}")
-    return METHODS[config["method"]](config)
+    return METHODS[config["method"]]

@@ -162,7 +162,12 @@ class TextEncoderModels:
         """Raises ValueError naming the widths that do not fit."""
         target = self.embedder.joint_attention_dim if mode == "EM" else self.embedder.caption_projection_dim
         pairs = (
-            ("the student's projection_dim", self.student.projection_dim, "the adapter's input_dims", self.adapter.input_dims),
+            (
+                "the student's projection_dim",
+                self.student.projection_dim,
+                "the adapter's input_dims",
+                self.adapter.input_dims,
+            ),
             ("the teacher's d_model", self.teacher.d_model, "joint_attention_dim", self.embedder.joint_attention_dim),
             ("the adapter's output_dims", self.adapter.output_dims, f"what mode {mode} needs", target),
         )

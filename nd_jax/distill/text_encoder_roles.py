@@ -1,5 +1,6 @@
 """Student and teacher of the text-encoder distillation from config values: random, or read from model folders."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -8,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 
 from nd_jax.distill import text_encoder as method
 from nd_jax.distill.base import Distillation, Params, Role
@@ -20,11 +20,46 @@ from nd_jax.weights.folder import component_hash, load_component, read_config
 LOGICAL_AXES = t5.LOGICAL_AXES + context_adapter.LOGICAL_AXES
 
 
-def text_encoder_from_config(config: Mapping[str, Any]) -> Distillation:
-    """Reads sizes from the folders that the config names, from the config itself where none is named.
+def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the sizes of the folders that it names filled in.
+
+    A saved config then says everything about the networks: an export needs no teacher folder.
 
     Raises:
-      UserError: a folder is not what it should be, or widths do not fit together.
+      UserError: a folder is not what it should be.
+    """
+    teacher, student = dict(config["teacher"]), dict(config["student"])
+    if bool(teacher["text_encoder"]) != bool(teacher["mmdit"]):
+        raise UserError(
+            f"teacher.text_encoder is {teacher['text_encoder']!r} and teacher.mmdit {teacher['mmdit']!r}: "
+            "give both folders, or neither for a random teacher"
+        )
+    if teacher["text_encoder"]:
+        _, encoder = _folder_config(teacher["text_encoder"], networks.T5_ENCODER)
+        _, embedder = _folder_config(teacher["mmdit"], networks.CONTEXT_EMBEDDER)
+        teacher |= {"encoder": dataclasses.asdict(encoder), "context_dim": embedder.caption_projection_dim}
+        if embedder.joint_attention_dim != encoder.d_model:
+            raise UserError(
+                f"{teacher['mmdit']} embeds {embedder.joint_attention_dim} channels, but {teacher['text_encoder']} has "
+                f"d_model {encoder.d_model}: give the text encoder that this denoiser was trained with"
+            )
+    if student["text_encoder_3"]:
+        network, read = _folder_config(student["text_encoder_3"], networks.DISTIL_T5, networks.T5_ENCODER)
+        if network is networks.DISTIL_T5:
+            student |= {"encoder": dataclasses.asdict(read.encoder), "projection_dim": read.projection_dim}
+        else:
+            student["encoder"] = dataclasses.asdict(read)
+    if student["context_adapter"]:
+        _, adapter = _folder_config(student["context_adapter"], networks.CONTEXT_ADAPTER)
+        student["adapter"] = dataclasses.asdict(adapter)
+    return dict(config) | {"teacher": teacher, "student": student}
+
+
+def text_encoder_from_config(config: Mapping[str, Any]) -> Distillation:
+    """The method of a resolved config. Reads no file before a role is loaded.
+
+    Raises:
+      UserError: an unknown mode, or widths that do not fit together.
     """
     try:
         loss = method.TextEncoderLoss(**config["loss"])
@@ -40,25 +75,21 @@ def text_encoder_from_config(config: Mapping[str, Any]) -> Distillation:
 def _models(config: Mapping[str, Any], mode: str) -> method.TextEncoderModels:
     teacher, student = config["teacher"], config["student"]
     teacher_config = t5.T5Config(**teacher["encoder"])
-    if teacher["text_encoder"]:
-        _, teacher_config = _folder_config(teacher["text_encoder"], networks.T5_ENCODER)
     embedder = context_adapter.ContextEmbedderConfig(teacher_config.d_model, teacher["context_dim"])
-    if teacher["mmdit"]:
-        _, embedder = _folder_config(teacher["mmdit"], networks.CONTEXT_EMBEDDER)
-    student_config = t5.DistilT5Config(t5.T5Config(**student["encoder"]), student["projection_dim"])
-    if student["text_encoder_3"]:
-        network, read = _folder_config(student["text_encoder_3"], networks.DISTIL_T5, networks.T5_ENCODER)
-        student_config = read if network is networks.DISTIL_T5 else t5.DistilT5Config(read, student["projection_dim"])
     width = embedder.joint_attention_dim if mode == "EM" else embedder.caption_projection_dim
-    adapter = context_adapter.ContextAdapterConfig(
-        input_dims=student_config.projection_dim,
-        output_dims=width,
-        layer_depths=tuple(student["adapter_layers"]),
-        skips=(True,) * len(student["adapter_layers"]),
+    adapter = {k: tuple(v) if isinstance(v, list) else v for k, v in student["adapter"].items()}
+    defaults = {
+        "input_dims": student["projection_dim"],
+        "output_dims": width,
+        "skips": (True,) * len(adapter["layer_depths"]),
+    }
+    return method.TextEncoderModels(
+        student=t5.DistilT5Config(t5.T5Config(**student["encoder"]), student["projection_dim"]),
+        adapter=context_adapter.ContextAdapterConfig(**(defaults | adapter)),
+        teacher=teacher_config,
+        embedder=embedder,
+        remat=config["remat"],
     )
-    if student["context_adapter"]:
-        _, adapter = _folder_config(student["context_adapter"], networks.CONTEXT_ADAPTER)
-    return method.TextEncoderModels(student_config, adapter, teacher_config, embedder, remat=config["remat"])
 
 
 def _folder_config(folder: str, *allowed: networks.Network) -> tuple[networks.Network, Any]:
@@ -76,7 +107,7 @@ def _student(config: Mapping[str, Any], models: method.TextEncoderModels, loss: 
     common = dict(abstract=jax.eval_shape(init), logical_axes=LOGICAL_AXES)
     if not folders:
         sizes = json.dumps({k: v for k, v in config["student"].items()}, sort_keys=True, default=list)
-        return Role(source=f"random, seed {seed}", sha256=_text_hash(sizes + str(seed)), init=init, **common)
+        return Role(source=f"random, seed {seed}", sha256=lambda: _text_hash(sizes + str(seed)), init=init, **common)
 
     def load() -> Params:
         # What no folder gives (an adapter from scratch, a projection behind flan-t5-base) starts random.
@@ -89,7 +120,7 @@ def _student(config: Mapping[str, Any], models: method.TextEncoderModels, loss: 
                 params[name] = component.params
         return params
 
-    return Role(source=", ".join(folders.values()), sha256=_folders_hash(folders), load=load, **common)
+    return Role(source=", ".join(folders.values()), sha256=lambda: _folders_hash(folders), load=load, **common)
 
 
 def _teacher(config: Mapping[str, Any], models: method.TextEncoderModels) -> Role:
@@ -100,11 +131,7 @@ def _teacher(config: Mapping[str, Any], models: method.TextEncoderModels) -> Rol
     folders = {k: teacher[k] for k in ("text_encoder", "mmdit") if teacher[k]}
     if not folders:
         sizes = json.dumps({k: v for k, v in teacher.items()}, sort_keys=True, default=list)
-        return Role(source=f"random, seed {seed}", sha256=_text_hash(sizes), init=init, **common)
-    if len(folders) == 1:
-        given = next(iter(folders))
-        other = "mmdit" if given == "text_encoder" else "text_encoder"
-        raise UserError(f"teacher.{given} is given and teacher.{other} is not: both folders make up the teacher")
+        return Role(source=f"random, seed {seed}", sha256=lambda: _text_hash(sizes), init=init, **common)
 
     def load() -> Params:
         return {
@@ -112,7 +139,7 @@ def _teacher(config: Mapping[str, Any], models: method.TextEncoderModels) -> Rol
             "context_embedder": load_component(Path(folders["mmdit"]), networks.CONTEXT_EMBEDDER, dtype).params,
         }
 
-    return Role(source=", ".join(folders.values()), sha256=_folders_hash(folders), load=load, **common)
+    return Role(source=", ".join(folders.values()), sha256=lambda: _folders_hash(folders), load=load, **common)
 
 
 def _text_hash(text: str) -> str:
@@ -121,8 +148,3 @@ def _text_hash(text: str) -> str:
 
 def _folders_hash(folders: Mapping[str, str]) -> str:
     return _text_hash("".join(component_hash(Path(f)) for f in folders.values()))
-
-
-def count_parameters(tree: Params) -> int:
-    """Number of values in a tree of arrays or shapes."""
-    return sum(leaf.size for leaf in traverse_util.flatten_dict(tree).values())

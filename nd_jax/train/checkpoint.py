@@ -7,8 +7,8 @@ A checkpoint `WORKDIR/checkpoints/<steps done>/` has the items
     data        position of the data iterator
     meta        config, method, and source and hash of every frozen role (frozen weights are not saved)
 
-Saving is asynchronous and sharded: every process writes its own shards. A save that was cut short leaves a temporary folder
-that is never read. Restoring takes shardings, so that a run may continue on another mesh.
+Saving is asynchronous and sharded: every process writes its own shards. A save that was cut short leaves a temporary
+folder that is never read. Restoring takes shardings, so that a run may continue on another mesh.
 """
 
 import json
@@ -138,8 +138,8 @@ class _SaveErrors:
             return
         what = "a checkpoint" if self._step is None else f"the checkpoint of step {self._step} or the one before it"
         raise UserError(
-            f"could not save {what} in {self._checkpointer.folder} ({_first_line(error)}): free disk space and run the same "
-            f"command again; complete checkpoints: {complete_steps(self._checkpointer.folder) or 'none'}"
+            f"could not save {what} in {self._checkpointer.folder} ({_first_line(error)}): free disk space and run the "
+            f"same command again; complete checkpoints: {complete_steps(self._checkpointer.folder) or 'none'}"
         ) from error
 
 

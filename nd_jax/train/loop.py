@@ -1,8 +1,8 @@
 """The training loop: one for every method.
 
-The device never waits for the host: the step is dispatched, then the metrics of the step before it are fetched, then the
-next batch is read. Three things wait on purpose: logging nothing, checkpoints (the step's metrics must be known to be
-finite before anything is saved), and evaluation.
+The device never waits for the host: the step is dispatched, then the metrics of the step before it are fetched, then
+the next batch is read. Two things wait on purpose: checkpoints, because a step's metrics must be known to be finite
+before its state is saved, and evaluation.
 """
 
 import dataclasses
@@ -57,8 +57,9 @@ def train(
     """Trains until `config["num_steps"]`, resuming from the newest checkpoint of the workdir.
 
     Args:
-      config: plain dictionary; the keys used here are seed, num_steps, batch_size, unit, mesh, microbatches, ema_decay,
-        optimizer (one, or one per role under its name), log_every, eval_every and checkpoint (every, keep, best_metric).
+      config: plain dictionary; the keys used here are seed, num_steps, batch_size, unit, mesh, microbatches,
+        ema_decay, optimizer (one, or one per role under its name), log_every, eval_every and checkpoint (every, keep,
+        best_metric).
       method: losses and roles.
       train_batches: rows of this process.
       eval_batches: makes an iterator over all held-out rows, padded to a constant shape.
@@ -83,7 +84,7 @@ def train(
         meta = {
             "method": method.name,
             "config": config,
-            "frozen": {n: {"source": method.roles[n].source, "sha256": method.roles[n].sha256} for n in frozen},
+            "frozen": {n: {"source": method.roles[n].source, "sha256": method.roles[n].sha256()} for n in frozen},
         }
         saver = checkpoint.Checkpointer(
             workdir, config["checkpoint"]["keep"], config["checkpoint"]["best_metric"], meta
@@ -134,7 +135,9 @@ def train(
                 writer.write(done.step, values | {f"time/{config['unit']}_per_s": rate})
 
         def evaluate(step: int) -> None:
-            values = {f"eval/{k}": v for k, v in _evaluate(eval_step, state, frozen, eval_batches, method, mesh).items()}
+            values = {
+                f"eval/{k}": v for k, v in _evaluate(eval_step, state, frozen, eval_batches, method, mesh).items()
+            }
             last.update(values)
             writer.write(step, values)
             progress.message(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
@@ -163,7 +166,9 @@ def train(
                     saved = step
                 if stopping and not finished:
                     saver.wait()
-                    progress.message(f"SIGTERM: saved step {saved} in {saver.folder}; the same command continues from there")
+                    progress.message(
+                        f"SIGTERM: saved step {saved} in {saver.folder}; the same command continues from there"
+                    )
                     return Result(step, True, dict(last))
             saver.wait()
             return Result(step, False, dict(last))
@@ -187,8 +192,8 @@ class _Pending:
 class StopSignal:
     """Remembers SIGTERM, so that the loop can save and leave between two steps.
 
-    With several processes the flag is shared by a collective every `interval` steps: all processes must stop at the same
-    step, whichever of them was told to.
+    With several processes the flag is shared by a collective every `interval` steps: all processes must stop at the
+    same step, whichever of them was told to.
     """
 
     def __init__(self):
@@ -284,4 +289,6 @@ def _close(saver: checkpoint.Checkpointer) -> None:
         saver.close()
     except Exception as error:
         if in_flight is None:
-            raise UserError(f"could not finish saving to {saver.folder} ({error}): free disk space and run again") from error
+            raise UserError(
+                f"could not finish saving to {saver.folder} ({error}): free disk space and run again"
+            ) from error

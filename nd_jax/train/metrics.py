@@ -1,8 +1,8 @@
 """Where numbers go: `WORKDIR/metrics.jsonl`, TensorBoard, and the terminal.
 
-One JSON object a line with `step` and slash-separated names (`train/loss`, `eval/cosine`, `eval/snr_db`). After a crash the
-file may hold lines past the checkpoint that the run resumes from; they are removed on resume, so that the file always tells
-one history.
+One JSON object a line with `step` and slash-separated names (`train/loss`, `eval/cosine`, `eval/snr_db`). After a crash
+the file may hold lines past the checkpoint that the run resumes from; they are removed on resume, so that the file
+always tells one history.
 """
 
 import json

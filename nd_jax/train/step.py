@@ -4,8 +4,8 @@
     loss = sum_m l_m / sum_m w_m,     g = sum_m g_m / sum_m w_m                                                (2)
     theta <- theta + optimiser(g),    ema <- d ema + (1 - d) theta                                             (3)
 
-Because a loss is a sum with its weight, equation 2 is the gradient of the mean over the whole global batch, whatever the
-number of microbatches and devices.
+Because a loss is a sum with its weight, equation 2 is the gradient of the mean over the whole global batch, whatever
+the number of microbatches and devices.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,0 +1,35 @@
+"""What a training run has to deliver: the deployed components of one of its checkpoints."""
+
+import dataclasses
+from pathlib import Path
+
+from nd_jax.data.registry import TOKENIZER_FOLDER, tokenizer_folder
+from nd_jax.distill.registry import build_method
+from nd_jax.train.checkpoint import load_params
+from nd_jax.weights.folder import Component
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployed:
+    """Components by the name of their subfolder, tokenizer folders by theirs, and the checkpoint's step."""
+
+    components: dict[str, Component]
+    tokenizers: dict[str, Path]
+    step: int
+
+
+def load_deployed(workdir: Path, step: int | None = None) -> Deployed:
+    """Reads a checkpoint on the host; no mesh and no teacher is needed.
+
+    Args:
+      workdir: of `experiments.train`.
+      step: which checkpoint; the latest when None.
+
+    Raises:
+      UserError: no such checkpoint, or it is damaged.
+    """
+    params, meta, step = load_params(workdir, step)
+    deployed = build_method(meta["config"]).deploy(params)
+    components = {name: Component(network, config, tree) for name, (network, config, tree) in deployed.items()}
+    tokenizer = tokenizer_folder(meta["config"], workdir)
+    return Deployed(components, {TOKENIZER_FOLDER: tokenizer} if tokenizer.exists() else {}, step)
