@@ -1,4 +1,4 @@
-"""The sharded step: equation 2 of step.py holds for any number of microbatches and devices, and only the role trains."""
+"""The sharded step: equation 2 of step.py for any number of microbatches and devices; only the role trains."""
 
 import dataclasses
 
@@ -87,7 +87,13 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
         for count in (1, 4):
             state = jax.jit(create, out_shardings=shardings)()
             fn = steps.make_train_step(
-                method, "student", tx["student"], shardings, steps.frozen_shardings(method, mesh), mesh, microbatches=count
+                method,
+                "student",
+                tx["student"],
+                shardings,
+                steps.frozen_shardings(method, mesh),
+                mesh,
+                microbatches=count,
             )
             _, metrics = fn(state, frozen, sharding.global_batch(batch, mesh))
             results.append({k: float(v) for k, v in metrics.items()})
@@ -105,6 +111,9 @@ def test_mesh_errors_name_the_axis_and_the_count():
 
 def test_uneven_axes_stay_whole():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
-    abstract = {"a": {"kernel": jax.ShapeDtypeStruct((12, 4), jnp.float32)}, "b": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    abstract = {
+        "a": {"kernel": jax.ShapeDtypeStruct((12, 4), jnp.float32)},
+        "b": jax.ShapeDtypeStruct((3,), jnp.float32),
+    }
     specs = sharding.param_shardings(abstract, ((r"kernel$", ("embed", "mlp")),), mesh)
     assert specs["a"]["kernel"].is_fully_replicated and specs["b"].is_fully_replicated

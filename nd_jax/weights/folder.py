@@ -1,7 +1,7 @@
 """Component folders of the released layout: config.json beside one weights file, or shards behind an index.
 
-Tensors stream: a component's arrays are allocated once, stacked blocks included, and filled run by run; a file is written
-run by run. Peak memory is the component plus one run of rows.
+Tensors stream: a component's arrays are allocated once, stacked blocks included, and filled run by run; a file is
+written run by run. Peak memory is the component plus one run of rows.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class Origin:
 
     Attributes:
       source: the folder or file.
-      sha256: of its config.json and weights, see `component_hash`.
+      sha256: of its config.json and weights (`component_hash`), empty until someone has computed it.
       config_text: its config.json.
       headers: weights file name -> safetensors header: which of the tied keys it holds, dtypes, order, metadata.
       index: (file name, text) of the shard index, or None.
@@ -74,7 +74,7 @@ class Origin:
     """
 
     source: str
-    sha256: str
+    sha256: str = ""
     config_text: str = ""
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     index: tuple[str, str] | None = None
@@ -129,7 +129,7 @@ def load_component(
     network, config, _ = read_config(folder, network)
     with contextlib.closing(read_tensor_source(folder)) as source:
         params = load_params(network, config, source, str(folder), dtype, on_bytes)
-        origin = read_origin(network, folder / "config.json", source, str(folder), component_hash(folder))
+        origin = read_origin(network, folder / "config.json", source, str(folder))
     return Component(network, config, params, origin)
 
 
@@ -165,8 +165,14 @@ def _param_dtypes(tensors: list[Tensor], present: list[list[str]], source: Tenso
     for tensor, keys in zip(tensors, present, strict=True):
         found = source.dtype(keys[0])
         before = dtypes.get(tensor.weight.path, found)
-        dtypes[tensor.weight.path] = found if found == before else np.dtype(jnp.promote_types(found, before))
+        dtypes[tensor.weight.path] = _common_dtype(before, found)
     return dtypes
+
+
+def _common_dtype(one: np.dtype, other: np.dtype) -> np.dtype:
+    if np.can_cast(one, other):
+        return other
+    return one if np.can_cast(other, one) else np.dtype(np.float32)  # float16 with bfloat16, and the like.
 
 
 def _fill(out: np.ndarray, keys: list[str], source: TensorSource, where: str, on_bytes: OnBytes) -> None:
@@ -221,9 +227,9 @@ def is_ignored(network: Network, key: str) -> bool:
     return any(re.fullmatch(pattern, key) for pattern in network.ignored)
 
 
-def read_origin(network: Network, config_file: Path, source: TensorSource, where: str, sha256: str) -> Origin:
+def read_origin(network: Network, config_file: Path, source: TensorSource, where: str) -> Origin:
     """Provenance and spelling of an open source that was read as `network`."""
-    origin = Origin(where, sha256)
+    origin = Origin(where)
     files = list(source.files.values()) if isinstance(source, ShardedSource) else [source]
     if network.partial or not all(isinstance(file, SafetensorsFile) for file in files):
         return origin
@@ -262,8 +268,8 @@ def save_component(
 ) -> None:
     """Writes a component folder that the released class loads with `strict=True`.
 
-    Without `origin` every tied key is written, to one file, in the order of the `safetensors` library. The folder appears
-    only when it is complete; a component folder that has the name is replaced then.
+    Without `origin` every tied key is written, to one file, in the order of the `safetensors` library. The folder
+    appears only when it is complete; a component folder that has the name is replaced then.
 
     Args:
       folder: the destination.
@@ -348,8 +354,8 @@ def replacing_folder(folder: Path, marker: str = "config.json") -> Iterator[Path
     """A temporary sibling of `folder` to fill; on success it takes the folder's name, else it is removed.
 
     Raises:
-      UserError: `folder` exists, is not empty, and holds no `marker`, so that it is something else; or its parent cannot
-        be written.
+      UserError: `folder` exists, is not empty, and holds no `marker`, so that it is something else; or its parent
+        cannot be written.
     """
     if folder.exists() and not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
         raise UserError(f"{folder}: exists and is not a folder with {marker}; move it away or choose another output")
@@ -361,7 +367,9 @@ def replacing_folder(folder: Path, marker: str = "config.json") -> Iterator[Path
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be created ({error.strerror}); check the path and its permissions") from error
+        raise UserError(
+            f"{folder}: cannot be created ({error.strerror}); check the path and its permissions"
+        ) from error
     try:
         yield temporary
         if folder.exists():

@@ -73,7 +73,9 @@ def _fields(config_class: type, json: Mapping[str, Any]) -> dict[str, Any]:
 def _read_t5(json: Mapping[str, Any]) -> t5.T5Config:
     activation = json.get("feed_forward_proj", "relu")
     if activation != "gated-gelu":
-        raise UserError(f"T5 config has feed_forward_proj {activation!r}: only T5 v1.1 encoders (gated-gelu) are supported")
+        raise UserError(
+            f"T5 config has feed_forward_proj {activation!r}: only T5 v1.1 encoders (gated-gelu) are supported"
+        )
     return t5.T5Config(**_fields(t5.T5Config, json))
 
 
@@ -103,9 +105,7 @@ def _t5_table(ours: str = "", theirs: str = "") -> WeightTable:
             theirs + "shared.weight",
             aliases=(theirs + "encoder.embed_tokens.weight",),
         ),
-        Weight(
-            ours + "relative_bias", theirs + "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        ),
+        Weight(ours + "relative_bias", theirs + "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
         *rows(
             ours + "blocks/",
             block,

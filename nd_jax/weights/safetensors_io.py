@@ -1,7 +1,8 @@
 """Reading and writing safetensors files tensor by tensor.
 
 The format (https://github.com/huggingface/safetensors): 8 bytes, the header's length as a little-endian integer; the
-header, JSON, padded with spaces to a multiple of 8 bytes; then the tensors' bytes, row-major, little-endian, without gaps.
+header, JSON, padded with spaces to a multiple of 8 bytes; then the tensors' bytes, row-major, little-endian, without
+gaps.
 
 Reads go through `pread` into fresh arrays instead of a memory map, and both directions work on runs of rows, so that
 resident memory is what the caller keeps plus one run. Files written here are byte-identical to those of the
@@ -50,7 +51,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RANKS = {name: rank for rank, name in enumerate(DTYPES)}
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-ROW_RUN_BYTES = 1 << 24
+ROW_RUN_BYTES = 1 << 22
 TORCH_METADATA = {"format": "pt"}
 
 

@@ -1,10 +1,10 @@
 """The store of imported weights: one Orbax checkpoint per component, and `model.json` that says what they are.
 
-    STORE/model.json             networks, sources and their hashes, file sizes, spelling of the released files
-    STORE/NAME/config.json       config of the component, as in its released folder
-    STORE/NAME/params/           Orbax PyTree checkpoint of the parameters, in our layout and the source's dtypes
-    STORE/NAME/buffers.safetensors   constant buffers of the source, if it had any
-    STORE/tokenizer*/            copied as they are
+STORE/model.json             networks, sources and their hashes, file sizes, spelling of the released files
+STORE/NAME/config.json       config of the component, as in its released folder
+STORE/NAME/params/           Orbax PyTree checkpoint of the parameters, in our layout and the source's dtypes
+STORE/NAME/buffers.safetensors   constant buffers of the source, if it had any
+STORE/tokenizer*/            copied as they are
 """
 
 import contextlib
@@ -28,10 +28,6 @@ from nd_jax.weights.table import flatten, unflatten
 
 INDEX = "model.json"
 FORMAT = "nd_jax.store.1"
-# Orbax writes up to 128 chunks at a time and collects them in data files of the target size, all in memory: small ones
-# of both keep the peak of an import near the component's own size.
-CHUNK_BYTES = 1 << 20
-DATA_FILE_BYTES = 1 << 22
 BUFFERS = "buffers.safetensors"
 
 
@@ -74,6 +70,10 @@ def _save_component(folder: Path, component: Component) -> dict[str, Any]:
     network, origin = component.network, component.origin
     params = jax.tree.map(np.asarray, component.params)
     leaves = jax.tree.leaves(params)
+    size, free = sum(leaf.nbytes for leaf in leaves), shutil.disk_usage(folder.parent).free
+    if size > free:
+        # Found here, a full disk is one line; within Orbax it is a page of tracebacks of its threads.
+        raise UserError(f"{folder.name}: needs {size} bytes and the disk has {free}; free space and run again")
     folder.mkdir()
     config_text = origin.config_text if origin and origin.config_text else None
     text = config_text or json.dumps(network.write_config(component.config), indent=2, sort_keys=True) + "\n"
@@ -81,18 +81,16 @@ def _save_component(folder: Path, component: Component) -> dict[str, Any]:
     if origin and origin.buffers:
         specs = {key: (array.dtype, array.shape) for key, array in origin.buffers.items()}
         write_safetensors(folder / BUFFERS, build_header(specs, TORCH_METADATA), lambda key: origin.buffers[key])
-    # Saving is synchronous, so Orbax need not copy the arrays first.
+    # Saving is synchronous, so Orbax need not copy the arrays first. One uncompressed file per parameter is written
+    # straight from its array; OCDBT or smaller chunks would hold hundreds of megabytes of copies.
     registry = ocp.type_handlers.create_type_handler_registry(
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    with _quiet_orbax(), ocp.Checkpointer(handler) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=registry)
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
         try:
-            checkpointer.save(
-                folder / "params",
-                args=ocp.args.PyTreeSave(params, save_args, ocdbt_target_data_file_size=DATA_FILE_BYTES),
-            )
+            checkpointer.save(folder / "params", args=ocp.args.PyTreeSave(params))
         except ValueError as error:  # TensorStore's errors, a full disk among them.
             raise UserError(f"{folder}: cannot be written ({_first_line(error)}); free space and run again") from error
     return {
@@ -100,7 +98,7 @@ def _save_component(folder: Path, component: Component) -> dict[str, Any]:
         "source": origin.source if origin else None,
         "sha256": origin.sha256 if origin else None,
         "parameters": sum(leaf.size for leaf in leaves),
-        "bytes": sum(leaf.nbytes for leaf in leaves),
+        "bytes": size,
         "dtypes": sorted({leaf.dtype.name for leaf in leaves}),
         "headers": dict(origin.headers) if origin else {},
         "index": list(origin.index) if origin and origin.index else None,
@@ -124,8 +122,10 @@ def read_store(directory: Path) -> dict[str, Any]:
     if index.get("format") != FORMAT:
         raise UserError(f"{path}: format {index.get('format')!r} is not {FORMAT!r}; import the weights again")
     names = [*index.get("components", {}), *index.get("folders", [])]
+    for entry in index.get("components", {}).values():
+        names += [*entry["headers"], *(entry["index"] or ())[:1]]
     if not all(is_plain_name(name) for name in names):
-        raise UserError(f"{path}: names a component outside of the store; import the weights again")
+        raise UserError(f"{path}: names a file outside of the store; import the weights again")
     return index
 
 
@@ -149,7 +149,7 @@ def load_stored(directory: Path, name: str, shardings: Any = None, dtype: Any = 
     Args:
       directory: the store.
       name: the component.
-      shardings: a tree like the parameters of `jax.sharding.Sharding`; the result then holds JAX arrays, otherwise numpy.
+      shardings: a tree like the parameters of `jax.sharding.Sharding`; the result then holds JAX arrays, else numpy.
       dtype: dtype of the result; by default that of the store.
 
     Raises:
@@ -163,7 +163,9 @@ def load_stored(directory: Path, name: str, shardings: Any = None, dtype: Any = 
     network = next((n for n in NETWORKS if n.name == entry.get("network")), None)
     if network is None:
         raise UserError(f"{directory / INDEX}: network {entry.get('network')!r} is not known; import the weights again")
-    wrong = [f for f, size in entry["files"].items() if not (folder / f).is_file() or (folder / f).stat().st_size != size]
+    wrong = [
+        f for f, size in entry["files"].items() if not (folder / f).is_file() or (folder / f).stat().st_size != size
+    ]
     if wrong:
         raise UserError(f"{folder}: damaged, absent or truncated are {listing(wrong)}; import the weights again")
     _, config, _ = read_config(folder, network)
@@ -173,7 +175,7 @@ def load_stored(directory: Path, name: str, shardings: Any = None, dtype: Any = 
         if shardings is None
         else {p: ocp.ArrayRestoreArgs(sharding=s, dtype=dtype) for p, s in flatten(shardings).items()}
     )
-    with _quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             params = checkpointer.restore(
                 folder / "params", args=ocp.args.PyTreeRestore(restore_args=unflatten(leaf_args))
@@ -188,7 +190,7 @@ def load_stored(directory: Path, name: str, shardings: Any = None, dtype: Any = 
 
 
 def _origin(folder: Path, entry: Mapping[str, Any]) -> Origin | None:
-    if entry["sha256"] is None:
+    if entry["source"] is None:
         return None
     buffers = {}
     if (folder / BUFFERS).is_file():
@@ -209,11 +211,11 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Orbax warns that a registry without JAX arrays stores no array metadata; there are none here."""
+def _quiet() -> Iterator[None]:
+    """Orbax warns that there are no OCDBT files to merge (none were asked for), and logs errors that are raised too."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """Weight tables: our parameter path, their state-dict key, and how the array is turned.
 
-A table row with `{}` in its key is a parameter that every block has: theirs are separate tensors `block.0...`, `block.1...`;
-ours is one array stacked on axis 0. The same rows serve import (theirs -> ours) and export (ours -> theirs).
+A table row with `{}` in its key is a parameter that every block has: theirs are separate tensors `block.0...`,
+`block.1...`; ours is one array stacked on axis 0. The same rows serve import (theirs -> ours) and export (ours ->
+theirs).
 """
 
 import dataclasses
@@ -87,9 +88,7 @@ def expand(table: WeightTable, shapes: Mapping[str, tuple[int, ...]]) -> Iterato
         keys = (weight.key, *weight.aliases)
         if weight.stacked:
             for block in range(shape[0]):
-                yield Tensor(
-                    tuple(k.format(block) for k in keys), weight.turn.their_shape(shape[1:]), weight, block
-                )
+                yield Tensor(tuple(k.format(block) for k in keys), weight.turn.their_shape(shape[1:]), weight, block)
         else:
             yield Tensor(keys, weight.turn.their_shape(shape), weight, None)
 

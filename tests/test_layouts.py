@@ -1,0 +1,39 @@
+"""Full-size networks have every key and shape of the released state dicts; nothing is allocated."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from nd_jax.weights import networks
+from nd_jax.weights.table import expand
+
+LAYOUTS = Path(__file__).parent / "layouts"
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "parameters"),
+    [
+        ("distil_t5", networks.DISTIL_T5, 129_551_488),
+        ("context_adapter", networks.CONTEXT_ADAPTER, 130_041_344),
+        ("t5_v1_1_xxl_encoder", networks.T5_ENCODER, 4_762_310_656),
+        ("clip_l_text_with_projection", networks.CLIP_TEXT, 123_650_304),
+        ("clip_g_text_with_projection", networks.CLIP_TEXT, 694_659_840),
+    ],
+)
+def test_keys_shapes_and_totals(name, network, parameters):
+    layout = json.loads((LAYOUTS / f"{name}.json").read_text(encoding="utf-8"))
+    config = network.read_config(layout["config_kwargs"])
+    shapes = networks.flat_shapes(network, config)
+    tensors = list(expand(network.table(config), shapes))
+    assert {key: list(t.shape) for t in tensors for key in t.keys} == layout["state_dict"]
+    assert sorted(list(t.keys) for t in tensors if len(t.keys) > 1) == sorted(layout["tied"])
+    assert sum(math.prod(shape) for shape in shapes.values()) == parameters == layout["total_parameters"]
+
+
+def test_written_configs_are_read_back_as_the_same():
+    for network in networks.NETWORKS:
+        config = type(network.read_config({"feed_forward_proj": "gated-gelu"}))()
+        assert network.read_config(json.loads(json.dumps(network.write_config(config)))) == config
+        assert networks.network_of(network.write_config(config), "x") is network
