@@ -1,0 +1,220 @@
+"""Exports a graph of a model folder to ONNX for the Hexagon compiler.
+
+    python -m converters.export_onnx --model DIR --graph text_encoder --output DIR
+
+writes GRAPH.onnx, its weights GRAPH.onnx.data, GRAPH.json (the report) and GRAPH.inputs.npz (valid inputs that
+`converters.compile_hexagon` runs by default).
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters import graphs, onnx_check, onnx_edit, onnx_lint, onnx_rewrite, tflite_route
+from converters.graphs import Graph, GraphOptions
+from converters.numerics import FP16_MAX
+from converters.output_files import replacing_files, write_json
+from converters.packages import need
+from converters.progress import stages
+from nd_jax.errors import UserError, run_command
+from nd_jax.weights.table import flatten
+
+# Float32 against float32: what is left is the order of additions.
+MIN_SNR_DB = 80.0
+SAMPLES = 4
+
+
+def export_graph(
+    model_dir: str | Path,
+    graph: str,
+    output_dir: str | Path,
+    options: GraphOptions | None = None,
+    *,
+    keep_tflite: bool = False,
+    allow_overflow: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Model folder -> ONNX, linted, compared with the Flax model and searched for values beyond FP16.
+
+    Args:
+      model_dir: released layout.
+      graph: a name of `graphs.GRAPHS`.
+      output_dir: created if needed; files of the same names are replaced, each when it is complete.
+      options: sizes and residual scale.
+      keep_tflite: keep the intermediate GRAPH.tflite.
+      allow_overflow: export although an activation passes FP16's 65504.
+      seed: of the inputs that the graph is compared on.
+
+    Returns:
+      The report, as in GRAPH.json.
+
+    Raises:
+      UserError: bad model folder or option, an operator that the HTP does not take, disagreement with JAX, overflow.
+    """
+    need("tensorflow", "tf2onnx", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+    with stages(5) as begin:
+        begin("load weights")
+        loaded = graphs.load_graph(graph, model_dir, options or GraphOptions())
+        return export_loaded(loaded, Path(output_dir), begin, keep_tflite, allow_overflow, seed)
+
+
+def export_loaded(
+    graph: Graph,
+    output_dir: Path,
+    begin: Callable[[str], None] = lambda stage: None,
+    keep_tflite: bool = False,
+    allow_overflow: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`export_graph` for a graph in memory; `begin` is called with the name of each stage."""
+    import onnx_ir as ir
+
+    start = time.perf_counter()
+    with replacing_files(output_dir, f"{graph.name}.onnx") as folder:
+        begin("JAX -> TFLite -> ONNX")
+        model = tflite_route.trace(graph, folder / f"{graph.name}.tflite")
+        before = onnx_edit.op_counts(model)
+
+        begin("restore native operators")
+        rewrites = onnx_rewrite.restore_native(model)
+        missing = onnx_rewrite.missing_native_ops(model, graph.native_ops)
+        if missing:
+            raise UserError(f"graph {graph.name}: native operators were not restored: {', '.join(missing)}")
+        if graph.expand_tanh_gelu:
+            rewrites["expand_tanh_gelu"] = onnx_rewrite.expand_tanh_gelu(model)
+        onnx_rewrite.readable_names(model, flatten(graph.params))
+        onnx_lint.check(model, f"graph {graph.name}")
+
+        begin("write")
+        path = folder / f"{graph.name}.onnx"
+        # Tensor by tensor; scalars and shapes stay in the graph.
+        ir.save(model, path, external_data=f"{graph.name}.onnx.data", size_threshold_bytes=1024)
+        counts = onnx_edit.op_counts(model)
+        del model
+
+        begin("compare with JAX")
+        rng = np.random.default_rng(seed)
+        samples = [graph.sample(rng) for _ in range(SAMPLES)]
+        np.savez(folder / f"{graph.name}.inputs.npz", **{k: np.stack([s[k] for s in samples]) for k in samples[0]})
+        snr = _compare(graph, path, samples)
+        ranges = onnx_check.value_ranges(path, samples)
+        overflow = onnx_check.beyond_fp16(ranges)
+        if overflow and not allow_overflow:
+            raise UserError(
+                f"graph {graph.name}: {len(overflow)} values pass FP16's {FP16_MAX:.0f}, {overflow[0]!r} with "
+                f"{ranges[overflow[0]]:.3g}; use --residual-scale auto, or --allow-overflow to export all the same"
+            )
+        report = {
+            "graph": graph.name,
+            "inputs": [dataclasses.asdict(spec) for spec in graph.inputs],
+            "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
+            "parameters": int(sum(np.size(leaf) for leaf in flatten(graph.params).values())),
+            "notes": dict(graph.notes),
+            "opset": onnx_rewrite.OPSET,
+            "nodes": sum(counts.values()),
+            "ops": counts,
+            "nodes_before_rewrite": sum(before.values()),
+            "ops_before_rewrite": before,
+            "rewrites": rewrites,
+            "samples": {"count": SAMPLES, "seed": seed},
+            "snr_db": {name: onnx_check.json_number(value) for name, value in snr.items()},
+            "largest_values": {name: ranges[name] for name in list(ranges)[:5]},
+            "beyond_fp16": overflow,
+            "onnx_bytes": path.stat().st_size,
+            "data_bytes": path.with_name(f"{graph.name}.onnx.data").stat().st_size,
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+        write_json(folder / f"{graph.name}.json", report)
+        if not keep_tflite:
+            (folder / f"{graph.name}.tflite").unlink()
+    return report
+
+
+def _compare(graph: Graph, path: Path, samples: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Output -> worst SNR of the ONNX graph in float32 against the Flax model."""
+    names = [spec.name for spec in graph.outputs]
+    references = [
+        dict(zip(names, map(np.asarray, graph.reference(*(s[spec.name] for spec in graph.inputs))), strict=True))
+        for s in samples
+    ]
+    snr = onnx_check.worst_snr_db(references, onnx_check.run_on_cpu(path, samples))
+    for name, value in snr.items():
+        if not value >= MIN_SNR_DB:
+            raise UserError(
+                f"graph {graph.name}: output {name!r} agrees with JAX to {value:.1f} dB only, expected "
+                f"{MIN_SNR_DB:.0f}: the conversion is wrong, please report it with the model's config.json"
+            )
+    return snr
+
+
+def calibration_tokens(model_dir: Path, prompts: Path, length: int, count: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and masks, int32 [N, length], of the first `count` prompts, by the model folder's `tokenizer_3`."""
+    from nd_jax.data.prompts import PromptSource
+    from nd_jax.data.tokenizers import Tokenize, load_tokenizer
+
+    source = PromptSource(prompts)
+    tokenize = Tokenize(load_tokenizer(model_dir / "tokenizer_3"), length)
+    rows = [tokenize(source[i]) for i in range(min(count, len(source)))]
+    return np.stack([row["ids"] for row in rows]), np.stack([row["mask"] for row in rows])
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m converters.export_onnx", description="Exports a graph of a model folder to ONNX for Hexagon."
+    )
+    parser.add_argument("--model", type=Path, required=True, help="model folder in the released layout")
+    parser.add_argument("--graph", required=True, help=f"one of {', '.join(sorted(graphs.GRAPHS))}")
+    parser.add_argument("--output", type=Path, required=True, help="folder for GRAPH.onnx and what belongs to it")
+    parser.add_argument("--batch", type=int, default=1, help="static batch size (default 1)")
+    parser.add_argument("--length", type=int, default=128, help="static number of tokens (default 128)")
+    parser.add_argument(
+        "--residual-scale",
+        default="auto",
+        help="power of two folded into T5 so that its residual stream fits FP16: auto (measured), none, or a number",
+    )
+    parser.add_argument(
+        "--gelu",
+        default="expanded",
+        choices=("expanded", "native"),
+        help="T5's tanh GELU in elementary operators (more accurate on the HTP) or as one Gelu",
+    )
+    parser.add_argument("--prompts", type=Path, help="prompts that auto measures on (default: random ids)")
+    parser.add_argument("--allow-overflow", action="store_true", help="export although a value passes FP16's 65504")
+    parser.add_argument("--keep-tflite", action="store_true", help="keep the intermediate GRAPH.tflite")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs that the graph is compared on")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    for name in ("batch", "length"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} is not positive")
+    calibration = calibration_tokens(args.model, args.prompts, args.length) if args.prompts else None
+    options = GraphOptions(args.batch, args.length, args.residual_scale, args.gelu, calibration, args.seed)
+    report = export_graph(
+        args.model,
+        args.graph,
+        args.output,
+        options,
+        keep_tflite=args.keep_tflite,
+        allow_overflow=args.allow_overflow,
+        seed=args.seed,
+    )
+    snr = ", ".join(f"{name} {value:.1f} dB" for name, value in report["snr_db"].items())
+    print(
+        f"exported {args.graph}: {report['nodes_before_rewrite']} -> {report['nodes']} nodes, "
+        f"{report['data_bytes'] / 1e6:.0f} MB of weights, agrees with JAX to {snr}, in {report['seconds']:.0f} s: "
+        f"{args.output / args.graph}.onnx"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,226 @@
+"""The graphs that leave JAX for the device: inputs, parameters, function to trace, and the model it must agree with.
+
+A graph applies the Flax modules of `nd_jax.models`; it holds no second model. What differs from training is the
+surroundings: blocks run in a Python loop on slices of the stacked parameters, tables that depend on shapes alone
+are gathered on the host and enter as constants, and masks are finite within FP16.
+
+A later graph is one more function in `GRAPHS`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters import residual_scale
+from nd_jax.errors import UserError
+from nd_jax.models import t5
+from nd_jax.models.context_adapter import ContextAdapter
+from nd_jax.models.layers import TokenEmbedding
+from nd_jax.weights import networks
+from nd_jax.weights.folder import Component, load_component
+
+# Added to the logits of padded keys. T5 does not divide its logits by sqrt(d_kv), so they reach the hundreds and -100
+# would not remove a key; -1e4 exceeds them by far, and leaves 55,000 for the logits themselves before FP16 ends.
+DEVICE_MASKED_LOGIT = -1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """Name, static shape and numpy dtype name of a graph input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """One graph, ready to trace.
+
+    Attributes:
+      name: also the file name.
+      inputs: in the order of `apply`'s arguments.
+      outputs: in the order of `apply`'s results.
+      params: nested dictionaries of float32 arrays. Every leaf becomes an initializer named by its path.
+      apply: (params, *inputs) -> tuple of outputs; traced.
+      reference: (*inputs) -> tuple of outputs by the model that training uses, on unchanged weights.
+      sample: random generator -> one valid set of inputs by name.
+      native_ops: how often each native operator must appear once they are restored.
+      expand_tanh_gelu: write the tanh form of GELU in elementary operators afterwards.
+      notes: what the builder decided, for the report.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    params: dict[str, Any]
+    apply: Callable[..., tuple]
+    reference: Callable[..., tuple]
+    sample: Callable[[np.random.Generator], dict[str, np.ndarray]]
+    native_ops: Mapping[str, int]
+    expand_tanh_gelu: bool
+    notes: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphOptions:
+    """What a user may choose for a graph.
+
+    Attributes:
+      batch, length: static sizes of the token inputs.
+      residual_scale: "auto", "none" or a power of two, see `converters.residual_scale`.
+      gelu: "expanded" or "native", for the tanh form; see `onnx_rewrite.expand_tanh_gelu`.
+      calibration: token ids and masks, int32 [N, length] each, that `auto` measures on; None for random ids.
+      seed: of random calibration ids.
+    """
+
+    batch: int = 1
+    length: int = 128
+    residual_scale: str = "auto"
+    gelu: str = "expanded"
+    calibration: tuple[np.ndarray, np.ndarray] | None = None
+    seed: int = 0
+
+
+def load_graph(name: str, model_dir: str | Path, options: GraphOptions) -> Graph:
+    """Graph `name` with the weights of a model folder in the released layout.
+
+    Raises:
+      UserError: unknown graph, or a component that is missing or does not load.
+    """
+    if name not in GRAPHS:
+        raise UserError(f"graph {name!r} does not exist; choose one of {', '.join(sorted(GRAPHS))}")
+    components, build = GRAPHS[name]
+    return build({folder: _load_component(Path(model_dir) / folder) for folder in components}, options)
+
+
+def _load_component(folder: Path) -> Component:
+    # bfloat16 and FP16 checkpoints too: TFLite and tf2onnx know neither, and the device rounds the weights itself.
+    return load_component(folder, dtype=np.float32)
+
+
+def random_tokens(rng: np.random.Generator, count: int, length: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and masks, int32 [count, length] each: random ids up to a random length, then padding."""
+    lengths = rng.integers(min(4, length), length + 1, size=(count, 1))
+    mask = (np.arange(length)[None, :] < lengths).astype(np.int32)
+    ids = rng.integers(0, vocab_size, size=(count, length), dtype=np.int32)
+    return ids * mask, mask
+
+
+def block_slices(stacked: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Stacked block parameters -> {"0": ..., "1": ...}; the slices are views."""
+    return {str(i): jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], stacked) for i in range(count)}
+
+
+def position_bias(relative_bias: np.ndarray, length: int, config: t5.T5Config) -> np.ndarray:
+    """The learned table gathered for every (query, key) pair: float32 [1, H, L, L]."""
+    buckets = t5.relative_position_buckets(
+        length, config.relative_attention_num_buckets, config.relative_attention_max_distance
+    )
+    return np.ascontiguousarray(np.asarray(relative_bias, np.float32)[buckets].transpose(2, 0, 1)[None])
+
+
+def encode(params: Mapping[str, Any], ids: jax.Array, mask: jax.Array, config: t5.T5Config) -> list[jax.Array]:
+    """T5 encoder on sliced parameters: the residual stream before the first block and after each, [B, L, D] each."""
+    x_BLD = TokenEmbedding(config.vocab_size, config.d_model).apply({"params": params["token_embedding"]}, ids)
+    padded_B11L = ((mask.astype(jnp.float32) - 1.0) * -DEVICE_MASKED_LOGIT)[:, None, None, :]
+    bias_BHLL = params["position_bias"] + padded_B11L
+    block = t5.T5Block(config)
+    residuals = [x_BLD]
+    for i in range(config.num_layers):
+        with jax.named_scope(f"encoder/blocks/{i}"):
+            residuals.append(block.apply({"params": params["blocks"][str(i)]}, residuals[-1], bias_BHLL))
+    return residuals
+
+
+def text_encoder(components: Mapping[str, Component], options: GraphOptions) -> Graph:
+    """DT5 and ContextAdapter: `input_ids`, `attention_mask` int32 [B, L] -> `context` float32 [B, L, D_out].
+
+    Args:
+      components: "text_encoder_3" (DistilT5) and "context_adapter", each with `config` and `params`.
+      options: sizes and residual scale.
+
+    Raises:
+      UserError: a component of another class, widths that do not fit, or an invalid residual scale.
+    """
+    dt5 = _component(components, "text_encoder_3", networks.DISTIL_T5)
+    adapter = _component(components, "context_adapter", networks.CONTEXT_ADAPTER)
+    if dt5.config.projection_dim != adapter.config.input_dims:
+        raise UserError(
+            f"text_encoder_3 gives width {dt5.config.projection_dim} and context_adapter takes "
+            f"{adapter.config.input_dims}: the two components do not belong together"
+        )
+    released = dt5.config.encoder
+    encoder = {name: leaf for name, leaf in dt5.params["encoder"].items() if name != "relative_bias"}
+    encoder["blocks"] = block_slices(encoder["blocks"], released.num_layers)
+    encoder["position_bias"] = position_bias(dt5.params["encoder"]["relative_bias"], options.length, released)
+
+    def residual_peak() -> float:
+        ids, mask = options.calibration or random_tokens(
+            np.random.default_rng(options.seed), 4, options.length, released.vocab_size
+        )
+        return residual_scale.peak(lambda *args: encode(*args, released), encoder, ids, mask)
+
+    scale, measured = residual_scale.choose(options.residual_scale, residual_peak)
+    config = dataclasses.replace(released, layer_norm_epsilon=released.layer_norm_epsilon * scale**2)
+    params = {
+        "encoder": residual_scale.fold(encoder, scale),
+        "projection": dt5.params["projection"],
+        "context_adapter": adapter.params,
+    }
+    adapter_module = ContextAdapter(adapter.config)
+
+    def apply(params, ids, mask):
+        x_BLD = encode(params["encoder"], ids, mask, config)[-1]
+        with jax.named_scope("encoder/final_norm"):
+            x_BLD = t5.RMSNorm(config.layer_norm_epsilon).apply({"params": params["encoder"]["final_norm"]}, x_BLD)
+        projection = t5.DistilT5Projection(dt5.config.projection_dim)
+        hidden = projection.apply({"params": params["projection"]}, x_BLD)
+        return (adapter_module.apply({"params": params["context_adapter"]}, hidden),)
+
+    @jax.jit
+    def reference_with(dt5_params, adapter_params, ids, mask):
+        hidden = t5.DistilT5(dt5.config).apply({"params": dt5_params}, ids, mask)
+        return (adapter_module.apply({"params": adapter_params}, hidden),)
+
+    def sample(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        ids, mask = random_tokens(rng, options.batch, options.length, released.vocab_size)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    tokens = (options.batch, options.length)
+    activations = [adapter.config.activation_fn] * len(adapter.config.layer_depths) + [adapter.config.out_activation_fn]
+    return Graph(
+        name="text_encoder",
+        inputs=(TensorSpec("input_ids", tokens, "int32"), TensorSpec("attention_mask", tokens, "int32")),
+        outputs=(TensorSpec("context", (*tokens, adapter.config.output_dims), "float32"),),
+        params=params,
+        apply=apply,
+        reference=lambda ids, mask: reference_with(dt5.params, adapter.params, ids, mask),
+        sample=sample,
+        native_ops={
+            "Gather": 1,
+            "RMSNormalization": 2 * released.num_layers + 1,
+            "Softmax": released.num_layers,
+            "Gelu": released.num_layers + activations.count("gelu"),
+        },
+        expand_tanh_gelu=options.gelu == "expanded",
+        notes={"residual_scale": scale, "residual_peak": measured, "masked_logit": DEVICE_MASKED_LOGIT},
+    )
+
+
+def _component(components: Mapping[str, Component], folder: str, network: networks.Network) -> Component:
+    component = components[folder]
+    if component.network.name != network.name:
+        raise UserError(f"{folder} holds a {component.network.name}; this graph needs a {network.name}")
+    return component
+
+
+# name -> (subfolders of the model folder, builder)
+GRAPHS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Component], GraphOptions], Graph]]] = {
+    "text_encoder": (("text_encoder_3", "context_adapter"), text_encoder),
+}

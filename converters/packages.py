@@ -1,0 +1,34 @@
+"""Optional packages of the conversion route."""
+
+import importlib
+import warnings
+
+from nd_jax.errors import UserError
+
+# import name -> name on the package index
+DISTRIBUTIONS = {
+    "tensorflow": "tensorflow-cpu",
+    "tf2onnx": "tf2onnx",
+    "onnx": "onnx",
+    "onnx_ir": "onnx-ir",
+    "onnxscript": "onnxscript",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime_qnn": "onnxruntime-qnn",
+    "torch": "torch",
+}
+
+
+def need(*modules: str) -> None:
+    """Imports the packages, or raises a UserError that names the `pip install` for all that are missing."""
+    missing = []
+    for module in modules:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of packages about each other
+                importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            missing.append(DISTRIBUTIONS[module])
+    if missing:
+        raise UserError(f"{', '.join(missing)} not installed; run: pip install {' '.join(missing)}")
