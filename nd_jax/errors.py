@@ -1,5 +1,6 @@
 """The one exception that a command shows to its user without a traceback, and the way it does so."""
 
+import logging
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ class UserError(Exception):
 
 def run_command(main: Callable[[], int | None]) -> int:
     """Exit status of a command: a `UserError` becomes `error: ...` on stderr and status 1."""
+    # Orbax logs a traceback for every failure that it also raises; the user needs the one line below.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         return main() or 0
     except UserError as error:

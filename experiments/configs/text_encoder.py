@@ -80,7 +80,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
             "num_steps": 600,
             "batch_size": 32,
             "log_every": 20,
-            "eval_every": 100,
+            "eval_every": 50,
             "checkpoint": {"every": 100, "keep": 2, "best_metric": "eval/cosine"},
             "student": {
                 "text_encoder_3": "",

@@ -11,7 +11,9 @@ Saving is asynchronous and sharded: every process writes its own shards. A save 
 folder that is never read. Restoring takes shardings, so that a run may continue on another mesh.
 """
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -149,7 +151,9 @@ def _optimizer_item(state: TrainState) -> dict[str, Any]:
 
 def _first_line(error: BaseException) -> str:
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    # TensorStore puts the operating system's reason behind two screens of paths.
+    full = os.strerror(errno.ENOSPC)
+    return full if full in text else text.splitlines()[0][:300]
 
 
 def _damaged(where: Path, error: BaseException) -> str:

@@ -5,6 +5,7 @@ the file may hold lines past the checkpoint that the run resumes from; they are 
 always tells one history.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+
+from nd_jax.errors import UserError
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -52,15 +55,23 @@ class MetricsWriter:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if not self._active:
             return
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name}: cannot be written ({error.strerror}): free disk space and run the command again"
+            ) from error
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self._active:
+        if not self._active:
+            return
+        # What is still buffered failed in `write` already.
+        with contextlib.suppress(OSError):
             self._file.close()
-            self._board.close()
+        self._board.close()
 
 
 class Progress:
