@@ -33,7 +33,9 @@ DTYPES = {
 }
 
 
-def export_torch(checkpoint: Path, output: Path, step: int | None = None, dtype: str | None = None) -> dict:
+def export_torch(
+    checkpoint: Path, output: Path, step: int | None = None, dtype: str | None = None, ema: bool = True
+) -> dict:
     """Exports every component of a checkpoint and returns the report that `OUTPUT/export.json` holds.
 
     Args:
@@ -41,6 +43,7 @@ def export_torch(checkpoint: Path, output: Path, step: int | None = None, dtype:
       output: the model folder; component folders in it that have the same names are replaced.
       step: of a training run; by default the last one.
       dtype: of the files, a key of `DTYPES`; by default that of the checkpoint.
+      ema: of a training run that kept moving averages, export those.
 
     Raises:
       UserError: the checkpoint is neither, or damaged; a value does not fit `dtype`; the output cannot be written.
@@ -54,7 +57,7 @@ def export_torch(checkpoint: Path, output: Path, step: int | None = None, dtype:
         folders = {name: checkpoint / name for name in index["folders"]}
         components = ((name, load_stored(checkpoint, name)) for name in index["components"])
     elif (checkpoint / "checkpoints").is_dir():
-        deployed = load_deployed(checkpoint, step)
+        deployed = load_deployed(checkpoint, step, ema)
         total = sum(leaf.nbytes for c in deployed.components.values() for leaf in jax.tree.leaves(c.params))
         folders, components = deployed.tokenizers, iter(deployed.components.items())
     else:
@@ -123,6 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="store of imported weights, or training workdir")
     parser.add_argument("--output", type=Path, required=True, help="model folder to write component folders into")
     parser.add_argument("--step", type=int, help="step of a training run; by default its last checkpoint")
+    parser.add_argument("--no-ema", action="store_true", help="the weights themselves where a run kept moving averages")
     parser.add_argument("--dtype", choices=list(DTYPES), help="dtype of the files; by default the checkpoint's")
     return parser.parse_args(argv)
 
@@ -130,7 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        report = export_torch(args.checkpoint, args.output, args.step, args.dtype)
+        report = export_torch(args.checkpoint, args.output, args.step, args.dtype, ema=not args.no_ema)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nd_jax.errors import UserError
-from nd_jax.train.checkpoint import complete_steps
+from nd_jax.train.checkpoint import complete_steps, load_params
 from nd_jax.train.loop import Diverged, train
 from nd_jax.train.metrics import read_metrics
 from tests.toy_method import ToyBatches, toy_config, toy_eval, toy_method
@@ -111,3 +111,11 @@ def test_truncated_checkpoint_names_the_one_to_go_back_to(tmp_path):
 def test_batch_that_does_not_divide(tmp_path):
     with pytest.raises(UserError, match="batch_size 12 does not divide"):
         run(tmp_path, batch_size=12)
+
+
+def test_exports_prefer_the_moving_average(undisturbed):
+    raw, _, _ = load_params(undisturbed, ema=False)
+    averaged, meta, step = load_params(undisturbed)
+    assert step == 12 and meta["config"]["ema_decay"] == 0.9
+    np.testing.assert_array_equal(averaged["student"]["offset"], raw["student"]["offset"])
+    assert not np.array_equal(averaged["student"]["layer"]["kernel"], raw["student"]["layer"]["kernel"])

@@ -109,7 +109,7 @@ def partition(params: Params, patterns: tuple[str, ...]) -> tuple[Params, Params
     return unflatten(lambda p: p in chosen), unflatten(lambda p: p not in chosen)
 
 
-def merge(trainable: Params, held: Params) -> Params:
-    """Inverse of `partition`."""
-    flat = traverse_util.flatten_dict(trainable, sep="/") | traverse_util.flatten_dict(held, sep="/")
+def merge(first: Params, second: Params) -> Params:
+    """One tree of both, the inverse of `partition`; where both have a path, that of `second`."""
+    flat = traverse_util.flatten_dict(first, sep="/") | traverse_util.flatten_dict(second, sep="/")
     return traverse_util.unflatten_dict(flat, sep="/")

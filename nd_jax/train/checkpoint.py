@@ -2,8 +2,9 @@
 
 A checkpoint `WORKDIR/checkpoints/<steps done>/` has the items
 
-    params      trained role -> parameters (what an export reads)
-    optimizer   step, rng, optimiser states, moving averages
+    params      trained role -> parameters
+    ema         trained role -> moving average of its trainable parameters, when it is on (exports prefer it)
+    optimizer   step, rng, optimiser states
     data        position of the data iterator
     meta        config, method, and source and hash of every frozen role (frozen weights are not saved)
 
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from nd_jax.distill.base import merge
 from nd_jax.errors import UserError
 from nd_jax.train.metrics import write_atomic
 from nd_jax.train.step import TrainState
@@ -74,12 +77,9 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         best = {self._best: metrics[self._best]} if self._best in metrics else None
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-            data=ocp.args.JsonSave(dict(data_state)),
-            meta=ocp.args.JsonSave(self._meta),
-        )
+        arrays = {name: ocp.args.StandardSave(item) for name, item in _array_items(state).items()}
+        json_items = {"data": ocp.args.JsonSave(dict(data_state)), "meta": ocp.args.JsonSave(self._meta)}
+        items = ocp.args.Composite(**arrays, **json_items)
         with self._reporting(step):
             self._manager.save(step, args=items, metrics=best)
 
@@ -99,12 +99,8 @@ class Checkpointer:
           UserError: the checkpoint is damaged, has other shapes, or was made with other frozen weights.
         """
         where = self.folder / str(step)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params),
-            optimizer=ocp.args.StandardRestore(_optimizer_item(abstract)),
-            data=ocp.args.JsonRestore(),
-            meta=ocp.args.JsonRestore(),
-        )
+        arrays = {name: ocp.args.StandardRestore(item) for name, item in _array_items(abstract).items()}
+        items = ocp.args.Composite(**arrays, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax and TensorStore raise many types; each means that this folder cannot be read
@@ -116,7 +112,8 @@ class Checkpointer:
                     f"checkpoint {where} was made with the frozen {role} {saved.get(role)}, this run has {ours[role]}: "
                     "give the same weights, or another --workdir"
                 )
-        state = TrainState(params=restored["params"], **restored["optimizer"])
+        ema = restored["ema"] if abstract.ema else {}
+        state = TrainState(params=restored["params"], ema=ema, **restored["optimizer"])
         return state, restored["data"]
 
     def close(self) -> None:
@@ -145,8 +142,9 @@ class _SaveErrors:
         ) from error
 
 
-def _optimizer_item(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "rng": state.rng, "opt_state": state.opt_state, "ema": state.ema}
+def _array_items(state: TrainState) -> dict[str, Any]:
+    optimizer = {"step": state.step, "rng": state.rng, "opt_state": state.opt_state}
+    return {"params": state.params, "optimizer": optimizer} | ({"ema": state.ema} if state.ema else {})
 
 
 def _first_line(error: BaseException) -> str:
@@ -207,12 +205,13 @@ def _differences(old: Mapping, new: Mapping, prefix: str = "") -> list[tuple[str
     return found
 
 
-def load_params(workdir: Path, step: int | None = None) -> tuple[dict, dict, int]:
+def load_params(workdir: Path, step: int | None = None, ema: bool = True) -> tuple[dict, dict, int]:
     """Parameters of a checkpoint as numpy arrays, its meta, and its step (for exports; no mesh needed).
 
     Args:
       workdir: a run's folder.
       step: which checkpoint; the latest when None.
+      ema: take the moving averages of trained parameters where the run kept them.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -224,18 +223,20 @@ def load_params(workdir: Path, step: int | None = None) -> tuple[dict, dict, int
     if step is not None and step not in steps:
         raise UserError(f"{workdir} has no checkpoint of step {step}: the steps are {steps}")
     step = steps[-1] if step is None else step
+    where = folder / str(step)
     try:
-        meta = json.loads((folder / str(step) / "meta" / "metadata").read_text())
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            structure = checkpointer.metadata(folder / str(step) / "params").item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=_numpy_array()), structure)
-            params = checkpointer.restore(folder / str(step) / "params", restore_args=as_numpy)
+        meta = json.loads((where / "meta" / "metadata").read_text())
+        params = _read_arrays(where / "params")
+        averages = _read_arrays(where / "ema") if ema and (where / "ema").exists() else {}
     except Exception as error:  # as in `Checkpointer.restore`
-        raise UserError(_damaged(folder / str(step), error)) from error
+        raise UserError(_damaged(where, error)) from error
+    params = {role: merge(tree, averages.get(role, {})) for role, tree in params.items()}
     return params, meta, step
 
 
-def _numpy_array() -> type:
-    import numpy as np
-
-    return np.ndarray
+def _read_arrays(folder: Path) -> dict:
+    """One item of a checkpoint on the host."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        structure = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+        return checkpointer.restore(folder, restore_args=as_numpy)

@@ -18,17 +18,18 @@ class Deployed:
     step: int
 
 
-def load_deployed(workdir: Path, step: int | None = None) -> Deployed:
+def load_deployed(workdir: Path, step: int | None = None, ema: bool = True) -> Deployed:
     """Reads a checkpoint on the host; no mesh and no teacher is needed.
 
     Args:
       workdir: of `experiments.train`.
       step: which checkpoint; the latest when None.
+      ema: take the moving averages where the run kept them (`ema_decay` above 0).
 
     Raises:
       UserError: no such checkpoint, or it is damaged.
     """
-    params, meta, step = load_params(workdir, step)
+    params, meta, step = load_params(workdir, step, ema)
     deployed = build_method(meta["config"]).deploy(params)
     components = {name: Component(network, config, tree) for name, (network, config, tree) in deployed.items()}
     tokenizer = tokenizer_folder(meta["config"], workdir)
