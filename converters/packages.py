@@ -1,6 +1,7 @@
 """Optional packages of the conversion route."""
 
 import importlib
+import os
 import warnings
 
 from nd_jax.errors import UserError
@@ -20,6 +21,9 @@ DISTRIBUTIONS = {
 
 def need(*modules: str) -> None:
     """Imports the packages, or raises a UserError that names the `pip install` for all that are missing."""
+    # TensorFlow reads these once, when it is first imported, and greets the user with six lines otherwise.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     missing = []
     for module in modules:
         try:

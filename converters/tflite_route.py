@@ -8,7 +8,6 @@ few hundred kilobytes on its way, and its weights are attached by name at the en
 import contextlib
 import functools
 import logging
-import os
 import re
 import warnings
 from pathlib import Path
@@ -41,7 +40,6 @@ def to_tflite(graph: Graph) -> bytes:
     Raises:
       UserError: an operator that TFLite does not have.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     need("tensorflow")
     import tensorflow as tf
     from jax.experimental import jax2tf
