@@ -144,7 +144,7 @@ def run_stage(walk: Walk, name: str) -> None:
     print(f"== {name}: {what}", flush=True)
     start = time.monotonic()
     if command is not None:
-        print("   " + shlex.join(["python", *command[1:]]), flush=True)
+        print("   " + _shown(command), flush=True)
         status = subprocess.run(command, check=False).returncode
         if status:
             raise UserError(
@@ -152,12 +152,30 @@ def run_stage(walk: Walk, name: str) -> None:
             )
     result = {"result": finish(), "seconds": time.monotonic() - start}
     if command is not None:
-        result["command"] = shlex.join(["python", *command[1:]])
+        result["command"] = _shown(command)
     write_atomic(_stage_file(walk, name), json.dumps(result, indent=2) + "\n")
 
 
 def _stage_file(walk: Walk, name: str) -> Path:
     return walk.workdir / "stages" / f"{name}.json"
+
+
+def _done_before(walk: Walk, name: str) -> bool:
+    """Whether a stage is done; a stage that was done by another command is the user's decision, not ours."""
+    done = _read_stage(walk, name)
+    if done is None:
+        return False
+    command = _shown(stages(walk)[name][1])
+    if done["command"] != command:
+        raise UserError(
+            f"{walk.workdir}: stage {name} was done with other arguments ({done['command']}): "
+            f"choose another --workdir, or --from {name} to do it again"
+        )
+    return True
+
+
+def _shown(command: list[str]) -> str:
+    return shlex.join(["python", *command[1:]])
 
 
 def _read_stage(walk: Walk, name: str) -> dict[str, Any] | None:
@@ -194,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = list(stages(walk))
     again = {args.only} if args.only else set(names[names.index(args.start) :]) if args.start else set()
     for name in [args.only] if args.only else names:
-        if name not in again and name != "report" and _read_stage(walk, name) is not None:
+        if name not in again and name != "report" and _done_before(walk, name):
             print(f"== {name}: done before", flush=True)
             continue
         if name in again and name in ("train", "ablation"):

@@ -1,0 +1,153 @@
+"""`experiments.train` as a user meets it: bad input gives one line that names the thing; folders give the weights."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from experiments import train as command
+from experiments.config_file import load_config, plain
+from nd_jax.distill.registry import build_method
+from nd_jax.errors import UserError
+from nd_jax.train.deployed import load_deployed
+from nd_jax.weights import networks
+from nd_jax.weights.folder import save_component
+from tests.text_encoder_case import CONFIG, arguments, tiny_config, write_prompts
+
+ROOT = Path(__file__).parent.parent
+# Data parallelism alone: sharding has its own tests.
+SHORT = {"num_steps": 2, "mesh.data": 8, "mesh.fsdp": 1}
+
+
+def run(workdir, prompts, **changes):
+    overrides = arguments(**({"data.prompts": str(prompts)} | SHORT | changes))
+    return command.main(["--config", CONFIG, "--workdir", str(workdir), *overrides])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "--config.optimizer.learning_rat=1",
+            "unknown config key 'optimizer.learning_rat': did you mean 'learning_rate'?",
+        ),
+        ("--config.nothing.at.all=1", "unknown config key 'nothing'"),
+        ("--config.num_steps=many", "'num_steps' takes a int (now 600), not 'many'"),
+        ("--config.loss=1", "'loss' is a group of values"),
+        ("--config.seed.x=1", "config key seed is a value, not a group"),
+        ("--num_steps=3", "overrides look like --config."),
+    ],
+)
+def test_bad_overrides(override, message):
+    with pytest.raises(UserError) as error:
+        load_config(CONFIG, [override])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_file_and_variant():
+    with pytest.raises(UserError, match=r"does not exist: the configs in experiments/configs are .*text_encoder.py"):
+        load_config("experiments/configs/text_encodr.py:tiny")
+    with pytest.raises(UserError, match="no variant 'huge': use tiny or full"):
+        load_config(CONFIG.replace("tiny", "huge"))
+
+
+def test_overrides_keep_types_and_full_is_the_papers_run():
+    config = load_config(CONFIG, ["--config.optimizer.learning_rate=1", "--config.student.adapter.layer_depths=[8,8]"])
+    assert config.optimizer.learning_rate == 1.0 and config.student.adapter.layer_depths == (8, 8)
+    full = plain(load_config(CONFIG.replace("tiny", "full")))
+    assert full["batch_size"] == 2048 and full["loss"]["mode"] == "RM" and full["loss"]["cosine_weight"] == 0.1
+    method = build_method(full)
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    student, teacher = method.roles["student"].abstract, method.roles["teacher"].abstract
+    assert count(student["text_encoder_3"]) == 129_551_488 and count(student["context_adapter"]) == 130_041_344
+    assert count(teacher["text_encoder"]) == 4_762_310_656
+    assert {str(x.dtype) for x in jax.tree.leaves(teacher)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "it is empty"), (b"a red circle\n\xff\xfe\n", "prompts.txt:2: not UTF-8"), (None, "prompts.txt")],
+)
+def test_bad_prompt_files(tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "run", path)
+
+
+def test_the_command_prints_one_line_and_exits_1(tmp_path):
+    args = [sys.executable, "-m", "experiments.train", "--config", CONFIG, "--workdir", str(tmp_path)]
+    done = subprocess.run([*args, "--config.sed=1"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: unknown config key 'sed': did you mean 'seed'?\n"
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path):
+    """A limit on the size of files stands in for the disk: writes fail with an OSError in both cases."""
+    prompts = write_prompts(tmp_path / "prompts.txt")
+    run(tmp_path / "w", prompts)
+    args = [sys.executable, "-m", "experiments.train", "--config", CONFIG, "--workdir", str(tmp_path / "w")]
+    args += arguments(**({"data.prompts": str(prompts)} | SHORT | {"num_steps": 8}))
+    limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *args]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
+    # TensorStore's threads may print of their own on the way; the last line is ours.
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: could not save") and last.endswith("complete checkpoints: [2]")
+    assert load_deployed(tmp_path / "w").step == 2
+
+
+def test_teacher_and_student_from_folders(tmp_path):
+    """Released layouts in: a T5 encoder, a denoiser of which the embedder is read, and a T5 to start DT5 from."""
+    prompts = write_prompts(tmp_path / "prompts.txt")
+    method = build_method(tiny_config(**{"teacher.encoder.d_model": 24, "loss.mode": "RM"}))
+    teacher = jax.device_get(method.roles["teacher"].init())
+    student = jax.device_get(method.roles["student"].init())
+    config = networks.T5_ENCODER.read_config({"feed_forward_proj": "gated-gelu", **tiny_config()["teacher"]["encoder"]})
+    save_component(
+        tmp_path / "t5", networks.T5_ENCODER, dataclasses.replace(config, d_model=24), teacher["text_encoder"]
+    )
+    save_component(tmp_path / "base", networks.T5_ENCODER, config, student["text_encoder_3"]["encoder"])
+    mmdit = tmp_path / "mmdit"
+    mmdit.mkdir()
+    embedder = teacher["context_embedder"]["context_embedder"]
+    tensors = {
+        "context_embedder.weight": np.ascontiguousarray(np.asarray(embedder["kernel"]).T),
+        "context_embedder.bias": np.asarray(embedder["bias"]),
+        "transformer_blocks.0.attn.to_q.weight": np.zeros((4, 4), np.float32),
+    }
+    save_file(tensors, mmdit / "diffusion_pytorch_model.safetensors")
+    sizes = {"_class_name": "PyramidDiffusionMMDiT", "joint_attention_dim": 24, "caption_projection_dim": 12}
+    (mmdit / "config.json").write_text(json.dumps(sizes))
+    folders = {
+        "teacher.text_encoder": str(tmp_path / "t5"),
+        "teacher.mmdit": str(mmdit),
+        "student.text_encoder_3": str(tmp_path / "base"),
+        "loss.mode": "RM",
+    }
+    assert run(tmp_path / "run", prompts, **folders) == 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["teacher"]["encoder"]["d_model"] == 24
+    # RM keeps DT5 as it was read, and the checkpoint is complete without the folders.
+    (tmp_path / "base" / "model.safetensors").rename(tmp_path / "gone")
+    deployed = load_deployed(tmp_path / "run").components["text_encoder_3"]
+    jax.tree.map(np.testing.assert_array_equal, deployed.params["encoder"], student["text_encoder_3"]["encoder"])
+    (tmp_path / "gone").rename(tmp_path / "base" / "model.safetensors")
+
+    weights = load_file(tmp_path / "t5" / "model.safetensors")
+    weights["encoder.final_layer_norm.weight"] = weights["encoder.final_layer_norm.weight"] + 1.0
+    save_file(weights, tmp_path / "t5" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="was made with the frozen teacher"):
+        run(tmp_path / "run", prompts, **folders, num_steps=3)
+
+
+def test_half_a_teacher_is_refused(tmp_path):
+    with pytest.raises(UserError, match="give both folders"):
+        run(tmp_path / "run", write_prompts(tmp_path / "prompts.txt"), **{"teacher.text_encoder": "t5"})
