@@ -20,7 +20,7 @@ from converters.byte_progress import byte_progress
 from converters.torch_files import SUFFIXES, open_any_source
 from nd_jax.errors import UserError
 from nd_jax.weights.folder import Component, component_hash, load_params, read_config, read_origin
-from nd_jax.weights.networks import NETWORKS, Network
+from nd_jax.weights.networks import NETWORKS, Network, class_name, known_network
 from nd_jax.weights.safetensors_io import replacing
 from nd_jax.weights.sources import WEIGHT_SUFFIXES, hash_files, read_json
 from nd_jax.weights.store import save_store
@@ -85,7 +85,7 @@ def find_components(source: Path, network: Network | None, component: str | None
         raise UserError(f"--config {config}: only for a single weights file, {source} is a folder")
     if (source / "config.json").is_file():
         found, _, _ = read_config(source, network)
-        name = component or ("context_embedder" if found.partial else source.resolve().name)
+        name = component or (found.name if found.partial else source.resolve().name)
         return Source((Plan(name, source / "config.json", source, network),), {}, {})
     if network is not None:
         raise UserError(f"--network {network.name}: only for a single component, {source} is a model folder")
@@ -112,19 +112,12 @@ def _model_folder(source: Path, component: str | None) -> Source:
         elif not (folder / "config.json").is_file():
             skipped[folder.name] = "no config.json"
         else:
-            raw = read_json(folder / "config.json")
-            name = raw.get("_class_name") or next(iter(raw.get("architectures") or ()), None)
-            network = next((n for n in NETWORKS if name in n.class_names), None)
+            name = class_name(read_json(folder / "config.json"))
+            network = known_network(name)
             if network is None:
                 skipped[folder.name] = f"class {name} is not supported"
             else:
-                ours = "context_embedder" if network.partial else folder.name
-                components.append(Plan(ours, folder / "config.json", folder, network))
-    names = [plan.name for plan in components]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        where = ", ".join(plan.weights.name for plan in components if plan.name in twice)
-        raise UserError(f"{source}: several subfolders hold a {twice[0]} ({where}); import one with --component")
+                components.append(Plan(folder.name, folder / "config.json", folder, network))
     if not components:
         reasons = "; ".join(f"{name}: {why}" for name, why in skipped.items()) or "it has no subfolders"
         raise UserError(f"{source}: holds no supported component ({reasons}); give a model or component folder")
@@ -136,7 +129,7 @@ def load(plan: Plan, on_bytes) -> Component:
     network, config, _ = read_config(plan.config, plan.network)
     with contextlib.closing(open_any_source(plan.weights)) as source:
         params = load_params(network, config, source, str(plan.weights), on_bytes=on_bytes)
-        origin = read_origin(network, plan.config, source, str(plan.weights))
+        origin = read_origin(network, config, plan.config, source, str(plan.weights))
     return Component(network, config, params, dataclasses.replace(origin, sha256=plan.sha256()))
 
 
@@ -192,7 +185,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--network",
         choices=[network.name for network in NETWORKS],
-        help="what a single component is; by default what its config.json says",
+        help="what a single component is; by default what its config.json says. context_embedder reads only that part "
+        "of a Pyramid-Flow transformer",
     )
     parser.add_argument(
         "--component", help="name in the store of a single component; of a model folder, the one to import"

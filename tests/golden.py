@@ -3,8 +3,9 @@
     python -m tests.golden DIR
 
 A case is a pair NAME.safetensors (`w.KEY` weights, `in.NAME` inputs, `out.NAME` outputs) and NAME.json (`official`
-class, `config`, tolerances). The class decides how a case runs, not its name, so cases of other sizes run as well. One
-line per case; the exit status is 1 when a case fails, is of an unknown kind, or when there is none.
+class or functions, `config`, tolerances; for some, numbers in `data`). `official` decides how a case runs, not its
+name, so cases of other sizes run as well. One line per case; the exit status is 1 when a case fails, is of an unknown
+kind, or when there is none.
 
 The error of an output is max |got - expected| / max |expected|.
 """
@@ -13,7 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,14 @@ import numpy as np
 from nd_jax.errors import UserError
 from nd_jax.models import t5
 from nd_jax.weights import networks
-from nd_jax.weights.folder import load_params
 from nd_jax.weights.networks import Network
 from nd_jax.weights.safetensors_io import SafetensorsFile
 from nd_jax.weights.sources import read_json
+from tests import golden_mmdit, golden_pyramid
+from tests.golden_kinds import Arrays, Kind, tensors
 
-Arrays = Mapping[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """How cases of one class run.
-
-    Attributes:
-      official: the JSON's `official`, up to its argument list.
-      network: reads config and weights.
-      outputs: (our config, parameters, inputs) -> every output that such a case may have, by its name.
-    """
-
-    official: str
-    network: Network
-    outputs: Callable[[Any, dict, Arrays], dict[str, jax.Array]]
+# Numbers that the JSON states in full; what is left is the order of a float64 sum.
+JSON_TOLERANCE = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,31 +48,16 @@ class Result:
     def ok(self) -> bool:
         return not self.reason and self.error <= self.tolerance  # False for NaN.
 
+    @property
+    def share(self) -> float:
+        """Error in units of the tolerance."""
+        if self.tolerance == 0:
+            return 0.0 if self.error == 0 else np.inf
+        return float(np.nan_to_num(self.error / self.tolerance, nan=np.inf))
+
     def line(self) -> str:
         verdict = "ok" if self.ok else f"FAIL {self.reason}".rstrip()
         return f"{self.case:28} {self.output:20} error {self.error:9.2e}  tolerance {self.tolerance:8.1e}  {verdict}"
-
-
-class WeightsOf:
-    """The `w.` tensors of a case as a `TensorSource`."""
-
-    def __init__(self, file: SafetensorsFile):
-        self._file = file
-
-    def keys(self) -> list[str]:
-        return [key.removeprefix("w.") for key in self._file.keys() if key.startswith("w.")]
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._file.shape(f"w.{key}")
-
-    def dtype(self, key: str) -> np.dtype:
-        return self._file.dtype(f"w.{key}")
-
-    def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self._file.read(f"w.{key}", start, stop)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _t5_encoder(config: t5.T5Config, params: dict, inputs: Arrays) -> dict[str, jax.Array]:
@@ -127,6 +100,8 @@ KINDS = (
         _one_output(networks.CONTEXT_EMBEDDER, "encoder_hidden_states", "context"),
     ),
     Kind("transformers.CLIPTextModelWithProjection", networks.CLIP_TEXT, _clip_text),
+    *golden_pyramid.KINDS,
+    *golden_mmdit.KINDS,
 )
 
 
@@ -144,23 +119,22 @@ def _run(path: Path) -> Result:
     kind = next((kind for kind in KINDS if kind.official == official), None)
     if kind is None:
         return Result(path.stem, reason=f"unknown kind {case['official']!r}")
+    numbers = kind.numbers(case)
     with contextlib.closing(SafetensorsFile(path.with_suffix(".safetensors"))) as file:
-        config = kind.network.read_config(case["config"])
-        params = load_params(kind.network, config, WeightsOf(file), str(file.path))
-        inputs, expected = (
-            {key.removeprefix(prefix): file.read(key) for key in file.keys() if key.startswith(prefix)}
-            for prefix in ("in.", "out.")
-        )
-    if not expected:
-        return Result(path.stem, reason="it has no outputs to compare with")
-    got = kind.outputs(config, params, inputs)
+        expected = {**tensors(file, "out."), **numbers}
+        if not expected:
+            return Result(path.stem, reason="it has no outputs to compare with")
+        got = kind.run(case, file)
     unknown = sorted(set(expected) - set(got))
     if unknown:
         return Result(path.stem, unknown[0], reason=f"outputs that are not computed: {', '.join(unknown)}")
-    tolerances = case["checks"]["recommended_tolerance_per_output"]
+    # The JSON gives no tolerance for masks: they are right or wrong.
+    masks = [name for name, array in expected.items() if array.dtype == bool]
+    tolerances = case["checks"]["recommended_tolerance_per_output"] | dict.fromkeys(masks, 0.0)
+    tolerances |= dict.fromkeys(numbers, JSON_TOLERANCE)
     return max(
         (Result(path.stem, name, relative_error(got[name], expected[name]), tolerances[name]) for name in expected),
-        key=lambda result: np.nan_to_num(result.error / result.tolerance, nan=np.inf),
+        key=lambda result: result.share,
     )
 
 
@@ -168,8 +142,9 @@ def relative_error(got: jax.Array, expected: np.ndarray) -> float:
     """max |got - expected| / max |expected| in float64; infinite where the shapes differ."""
     if got.shape != expected.shape:
         return float("inf")
-    difference = np.abs(np.asarray(got, np.float64) - expected.astype(np.float64)).max()
-    return float(difference / np.abs(expected).max())
+    difference = np.abs(np.asarray(got, np.float64) - expected.astype(np.float64)).max(initial=0.0)
+    # Equal is equal, where all of the expected numbers are 0 too.
+    return float(difference / np.abs(expected).max()) if difference else 0.0
 
 
 def run_folder(folder: Path) -> list[Result]:

@@ -10,7 +10,7 @@ TOP_LEVEL = ("nd_jax", "converters", "experiments")
 MAX_LINES = 400
 
 # A package of nd_jax imports only itself and packages of an earlier row; packages of one row do not know each other.
-ROWS = (("errors",), ("models",), ("weights",), ("data",), ("distill",), ("train",), ("evals", "report"))
+ROWS = (("errors",), ("models",), ("pyramid", "weights"), ("data",), ("distill",), ("train",), ("evals", "report"))
 RANK = {package: rank for rank, row in enumerate(ROWS) for package in row}
 
 # nd_jax trains without any conversion package, and nothing below knows what is above.

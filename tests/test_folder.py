@@ -136,7 +136,7 @@ def test_known_buffers_and_a_partial_network_ignore_other_tensors(tmp_path):
         lambda t: t.update({"proj_out.bias": np.zeros(3, np.float32)}),
         "diffusion_pytorch_model.safetensors",
     )
-    component = load_component(tmp_path / "mmdit")
+    component = load_component(tmp_path / "mmdit", networks.CONTEXT_EMBEDDER)
     same(component.params, params)
     assert not component.origin.headers
 

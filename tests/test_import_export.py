@@ -16,6 +16,7 @@ from converters import export_torch, import_torch
 from converters.torch_files import TorchFile
 from nd_jax.errors import UserError
 from nd_jax.models import context_adapter, t5
+from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.train.deployed import Deployed
 from nd_jax.weights import networks, store
 from nd_jax.weights.folder import Component, load_component, save_component
@@ -24,7 +25,20 @@ from tests.test_folder import CONFIG, TIED, random_params, rewrite, same, shard
 
 ADAPTER = context_adapter.ContextAdapterConfig(10, 4, (6, 6), (True, True))
 DT5 = t5.DistilT5Config(CONFIG, 10)
-EMBEDDER = context_adapter.ContextEmbedderConfig(8, 4)
+MMDIT = MMDiTConfig(
+    sample_size=8,
+    in_channels=2,
+    num_layers=3,
+    attention_head_dim=4,
+    num_attention_heads=2,
+    joint_attention_dim=6,
+    caption_projection_dim=8,
+    pooled_projection_dim=4,
+    pos_embed_max_size=4,
+    context_embedder=True,
+)
+MMDIT_FILE = "diffusion_pytorch_model.safetensors"
+POSITIONS = "pos_embed.pos_embed"
 
 
 def files(folder):
@@ -52,8 +66,9 @@ def model(tmp_path):
     save_component(root / "text_encoder_2", networks.CLIP_TEXT, clip, random_params(networks.CLIP_TEXT, clip))
     rewrite(root / "text_encoder_2", lambda t: t.update({"text_model.embeddings.position_ids": np.arange(77)[None]}))
     mmdit = root / "diffusion_transformer_384p"
-    save_component(mmdit, networks.CONTEXT_EMBEDDER, EMBEDDER, random_params(networks.CONTEXT_EMBEDDER, EMBEDDER))
-    rewrite(mmdit, lambda t: t.update(x=np.zeros(2, np.float32)), "diffusion_pytorch_model.safetensors")
+    save_component(mmdit, networks.PYRAMID_FLOW_MMDIT, MMDIT, random_params(networks.PYRAMID_FLOW_MMDIT, MMDIT))
+    # Another library's sines, different in the last digits.
+    rewrite(mmdit, lambda t: t.update({POSITIONS: t[POSITIONS] * np.float32(1 + 1e-6)}), MMDIT_FILE)
     (root / "causal_video_vae").mkdir()
     (root / "causal_video_vae" / "config.json").write_text('{"_class_name": "CausalVideoVAE"}')
     (root / "tokenizer_3").mkdir()
@@ -68,7 +83,7 @@ def test_a_model_folder_comes_back_byte_by_byte(model, tmp_path, capsys):
     assert "skipped causal_video_vae: class CausalVideoVAE is not supported" in captured.err
     report = json.loads((tmp_path / "store" / "import.json").read_text())
     assert set(report["components"]) == {
-        *("text_encoder", "text_encoder_2", "text_encoder_3", "context_adapter", "context_embedder")
+        *("text_encoder", "text_encoder_2", "text_encoder_3", "context_adapter", "diffusion_transformer_384p")
     }
     assert report["skipped"] == {"causal_video_vae": "class CausalVideoVAE is not supported"}
     assert report["copied"] == ["tokenizer_3"]
@@ -76,10 +91,10 @@ def test_a_model_folder_comes_back_byte_by_byte(model, tmp_path, capsys):
 
     assert export_torch.main(["--checkpoint", str(tmp_path / "store"), "--output", str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("exported 4 components, ") and "skipped context_embedder" in captured.err
+    assert captured.out.startswith("exported 5 components, ") and not captured.err
     exported = files(tmp_path / "out")
-    assert set(json.loads(exported.pop("export.json"))["skipped"]) == {"context_embedder"}
-    expected = {n: b for n, b in files(model).items() if not n.startswith(("causal_video_vae", "diffusion_"))}
+    assert json.loads(exported.pop("export.json"))["skipped"] == {}
+    expected = {n: b for n, b in files(model).items() if not n.startswith("causal_video_vae")}
     assert exported == expected
 
 
@@ -88,7 +103,7 @@ def test_arrays_survive_export_and_import(model, tmp_path):
     export_torch.export_torch(tmp_path / "one", tmp_path / "out")
     import_torch.import_torch(tmp_path / "out", tmp_path / "two")
     one, two = store.load_store(tmp_path / "one"), store.load_store(tmp_path / "two")
-    assert set(one) - set(two) == {"context_embedder"}
+    assert set(one) == set(two)
     for name in two:
         assert one[name].config == two[name].config
         same(one[name].params, two[name].params)
@@ -108,7 +123,7 @@ def test_a_training_run_is_exported_through_its_checkpoint(tmp_path, monkeypatch
     params = jax.tree.map(jax.numpy.asarray, random_params(networks.CONTEXT_ADAPTER, ADAPTER))
     asked = []
 
-    def load_deployed(workdir, step):
+    def load_deployed(workdir, step, ema):
         asked.append((workdir, step))
         return Deployed({"context_adapter": Component(networks.CONTEXT_ADAPTER, ADAPTER, params)}, {}, 7)
 
@@ -122,7 +137,7 @@ def test_a_training_run_is_exported_through_its_checkpoint(tmp_path, monkeypatch
 
 def test_a_single_component_folder_and_a_single_file(model, tmp_path):
     import_torch.import_torch(model / "diffusion_transformer_384p", tmp_path / "a")
-    assert list(store.read_store(tmp_path / "a")["components"]) == ["context_embedder"]
+    assert list(store.read_store(tmp_path / "a")["components"]) == ["diffusion_transformer_384p"]
     weights = model / "text_encoder_3" / "model.safetensors"
     import_torch.import_torch(weights, tmp_path / "b", component="student")
     same(store.load_stored(tmp_path / "b", "student").params, load_component(model / "text_encoder_3").params)
@@ -136,6 +151,49 @@ def test_a_single_component_folder_and_a_single_file(model, tmp_path):
         config=model / "text_encoder_3" / "config.json",
     )
     assert list(report["components"]) == ["dt5"]
+
+
+def test_only_the_context_embedder_of_a_transformer(model, tmp_path, capsys):
+    """Asked for, it is what the whole transformer has as a subtree; it cannot be exported as a released class."""
+    source = model / "diffusion_transformer_384p"
+    assert (
+        import_torch.main([*f"--source {source} --output {tmp_path / 'a'}".split(), "--network", "context_embedder"])
+        == 0
+    )
+    part, whole = store.load_stored(tmp_path / "a", "context_embedder"), load_component(source)
+    assert part.config == context_adapter.ContextEmbedderConfig(6, 8)
+    same(part.params, {"context_embedder": whole.params["context_embedder"]})
+    capsys.readouterr()
+    assert export_torch.main(["--checkpoint", str(tmp_path / "a"), "--output", str(tmp_path / "out")]) == 0
+    assert "skipped context_embedder" in capsys.readouterr().err
+
+
+def test_the_position_table_follows_from_the_config(model, tmp_path):
+    """It is written without having been read, kept where another library rounded it, refused where it is another."""
+    source = model / "diffusion_transformer_384p"
+    tensors = load_file(source / MMDIT_FILE)
+    assert tensors[POSITIONS].shape == (1, 16, 8)
+    component = load_component(source)
+    assert set(component.origin.buffers) == {POSITIONS}
+    save_component(tmp_path / "fresh", component.network, component.config, component.params)
+    fresh = load_file(tmp_path / "fresh" / MMDIT_FILE)
+    assert set(fresh) == set(tensors)
+    np.testing.assert_allclose(fresh[POSITIONS], tensors[POSITIONS], rtol=0, atol=2e-6)
+    assert not load_component(tmp_path / "fresh").origin.buffers
+    save_component(tmp_path / "half", component.network, component.config, component.params, dtype="bfloat16")
+    assert load_file(tmp_path / "half" / MMDIT_FILE)[POSITIONS].dtype == ml_dtypes.bfloat16
+    load_component(tmp_path / "half")
+
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"sample_size": 16}))
+    with pytest.raises(UserError, match=r"pos_embed differs by .* give the config.json of these weights"):
+        load_component(source)
+    (source / "config.json").write_text(json.dumps(config | {"pos_embed_max_size": 8}))
+    with pytest.raises(UserError, match=r"pos_embed is \[1, 16, 8\] and config.json makes it \[1, 64, 8\]"):
+        load_component(source)
+    (source / "config.json").write_text(json.dumps(config | {"pos_embed_type": "rope"}))
+    with pytest.raises(UserError, match="pos_embed_type is 'rope': only"):
+        load_component(source)
 
 
 def test_restoring_onto_devices(model, tmp_path):

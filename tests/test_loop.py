@@ -119,3 +119,16 @@ def test_exports_prefer_the_moving_average(undisturbed):
     assert step == 12 and meta["config"]["ema_decay"] == 0.9
     np.testing.assert_array_equal(averaged["student"]["offset"], raw["student"]["offset"])
     assert not np.array_equal(averaged["student"]["layer"]["kernel"], raw["student"]["layer"]["kernel"])
+
+
+def test_a_finished_run_keeps_its_result(undisturbed):
+    again = run(undisturbed)
+    assert again.step == 12 and {"eval/score", "train/loss", "train/grad_norm"} <= set(again.metrics)
+
+
+def test_a_checkpoint_is_ranked_by_its_own_evaluation(tmp_path):
+    """Evaluated at 8 and 12 only, where the score is highest at 12: neither 4 nor 10 may borrow a score."""
+    run(tmp_path, checkpoint={"every": 2, "keep": 1, "best_metric": "eval/score"}, eval_every=8)
+    assert complete_steps(tmp_path / "checkpoints") == [12]
+    scored = [p for p in (tmp_path / "checkpoints").glob("*/metrics/metrics")]
+    assert [json.loads(p.read_text()).keys() for p in scored] == [{"eval/score"}]

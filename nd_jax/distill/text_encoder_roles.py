@@ -36,7 +36,7 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if teacher["text_encoder"]:
         _, encoder = _folder_config(teacher["text_encoder"], networks.T5_ENCODER)
-        _, embedder = _folder_config(teacher["mmdit"], networks.CONTEXT_EMBEDDER)
+        embedder = _embedder_config(teacher["mmdit"])
         teacher |= {"encoder": dataclasses.asdict(encoder), "context_dim": embedder.caption_projection_dim}
         if embedder.joint_attention_dim != encoder.d_model:
             raise UserError(
@@ -98,6 +98,16 @@ def _folder_config(folder: str, *allowed: networks.Network) -> tuple[networks.Ne
         names = " or ".join(n.name for n in allowed)
         raise UserError(f"{folder} holds a {network.name}, but {names} is needed there")
     return network, config
+
+
+def _embedder_config(folder: str) -> context_adapter.ContextEmbedderConfig:
+    """Of a folder that holds the teacher's whole transformer; only this part of it has to be readable."""
+    network = networks.CONTEXT_EMBEDDER
+    _, config, raw = read_config(Path(folder), network)
+    found = networks.class_name(raw)
+    if found not in network.class_names:
+        raise UserError(f"{folder} holds a {found}, but {' or '.join(network.class_names)} is needed there")
+    return config
 
 
 def _student(config: Mapping[str, Any], models: method.TextEncoderModels, loss: method.TextEncoderLoss) -> Role:

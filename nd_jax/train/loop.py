@@ -115,7 +115,7 @@ def train(
         progress = metrics.Progress(start, config["num_steps"], config["batch_size"], config["unit"])
         if start:
             progress.message(f"resuming from step {start} of {saver.folder}")
-        last: dict[str, float] = {}
+        last = _last_metrics(workdir)
         pending: _Pending | None = None
 
         def settle() -> None:
@@ -135,6 +135,8 @@ def train(
                 writer.write(done.step, values | {f"time/{config['unit']}_per_s": rate})
 
         def evaluate(step: int) -> None:
+            nonlocal evaluated
+            evaluated = step
             values = {
                 f"eval/{k}": v for k, v in _evaluate(eval_step, state, frozen, eval_batches, method, mesh).items()
             }
@@ -142,7 +144,7 @@ def train(
             writer.write(step, values)
             progress.message(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
 
-        step, saved = start, start
+        step, saved, evaluated = start, start, None
         try:
             if start == 0:
                 evaluate(0)
@@ -162,7 +164,9 @@ def train(
                 stopping = stop.requested(step, config["log_every"])
                 if step % config["checkpoint"]["every"] == 0 or finished or stopping:
                     settle()
-                    saver.save(step, state, train_batches.get_state(), last)
+                    # A checkpoint is ranked by an evaluation of itself, not by one of an earlier state.
+                    ranked = last if evaluated == step else {}
+                    saver.save(step, state, train_batches.get_state(), ranked)
                     saved = step
                 if stopping and not finished:
                     saver.wait()
@@ -218,6 +222,12 @@ class StopSignal:
         from jax.experimental import multihost_utils
 
         return bool(np.any(multihost_utils.process_allgather(np.array(self._set.is_set()))))
+
+
+def _last_metrics(workdir: Path) -> dict[str, float]:
+    """The latest value of every metric of an earlier part of the run, so that a finished run still has a result."""
+    lines = metrics.read_metrics(workdir / "metrics.jsonl")
+    return {k: v for line in lines for k, v in line.items() if k.startswith(("train/", "eval/"))}
 
 
 def _check_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> None:

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from nd_jax.errors import UserError
-from nd_jax.weights.networks import Network, abstract_params, flat_shapes, network_of
+from nd_jax.weights.buffers import check_buffers, make_buffers
+from nd_jax.weights.network import Network, abstract_params, flat_shapes
+from nd_jax.weights.networks import network_of
 from nd_jax.weights.safetensors_io import (
     TORCH_METADATA,
     SafetensorsFile,
@@ -70,7 +72,7 @@ class Origin:
       config_text: its config.json.
       headers: weights file name -> safetensors header: which of the tied keys it holds, dtypes, order, metadata.
       index: (file name, text) of the shard index, or None.
-      buffers: the constant buffers of the checkpoint, which are no parameters.
+      buffers: the constant buffers of the checkpoint, which are no parameters, unless the config makes the same.
     """
 
     source: str
@@ -129,7 +131,7 @@ def load_component(
     network, config, _ = read_config(folder, network)
     with contextlib.closing(read_tensor_source(folder)) as source:
         params = load_params(network, config, source, str(folder), dtype, on_bytes)
-        origin = read_origin(network, folder / "config.json", source, str(folder))
+        origin = read_origin(network, config, folder / "config.json", source, str(folder))
     return Component(network, config, params, origin)
 
 
@@ -145,6 +147,7 @@ def load_params(
     shapes = flat_shapes(network, config)
     tensors = list(expand(network.table(config), shapes))
     check_tensors(network, tensors, source, where)
+    check_buffers(network, config, source, where)
     params: dict[str, np.ndarray] = {}
     held = frozenset(source.keys())
     present = [[key for key in tensor.keys if key in held] for tensor in tensors]
@@ -227,13 +230,14 @@ def is_ignored(network: Network, key: str) -> bool:
     return any(re.fullmatch(pattern, key) for pattern in network.ignored)
 
 
-def read_origin(network: Network, config_file: Path, source: TensorSource, where: str) -> Origin:
+def read_origin(network: Network, config: Any, config_file: Path, source: TensorSource, where: str) -> Origin:
     """Provenance and spelling of an open source that was read as `network`."""
     origin = Origin(where)
     files = list(source.files.values()) if isinstance(source, ShardedSource) else [source]
     if network.partial or not all(isinstance(file, SafetensorsFile) for file in files):
         return origin
-    ignored = [(file, key) for file in files for key in file.keys() if is_ignored(network, key)]
+    computed = network.buffers(config)
+    ignored = [(f, key) for f in files for key in f.keys() if is_ignored(network, key) and key not in computed]
     if sum(file.infos[key].stop - file.infos[key].start for file, key in ignored) > BUFFER_LIMIT_BYTES:
         return origin
     index = source.index if isinstance(source, ShardedSource) else None
@@ -242,7 +246,7 @@ def read_origin(network: Network, config_file: Path, source: TensorSource, where
         config_text=config_file.read_text(encoding="utf-8"),
         headers={file.path.name: file.header for file in files},
         index=None if index is None else (index.name, index.read_text(encoding="utf-8")),
-        buffers={key: file.read(key) for file, key in ignored},
+        buffers={key: file.read(key) for file, key in ignored} | check_buffers(network, config, source, where),
     )
 
 
@@ -293,6 +297,7 @@ def save_component(
         raise ValueError(f"parameters do not fit the config of {network.name}: {listing(unlike)}")
     tensors = {key: tensor for tensor in expand(network.table(config), shapes) for key in tensor.keys}
     arrays = {path: np.asarray(leaf) for path, leaf in flat.items()}
+    computed = make_buffers(network, config)
 
     spelled = origin is not None and bool(origin.headers)
     if not spelled or dtype is not None:
@@ -300,9 +305,10 @@ def save_component(
             key: (np.dtype(dtype) if dtype is not None else arrays[t.weight.path].dtype, t.shape)
             for key, t in tensors.items()
         }
-        headers, index, buffers = {network.weights_file: build_header(specs, TORCH_METADATA)}, None, {}
+        specs |= {key: (np.dtype(dtype or array.dtype), array.shape) for key, array in computed.items()}
+        headers, index, buffers = {network.weights_file: build_header(specs, TORCH_METADATA)}, None, computed
     else:
-        headers, index, buffers = origin.headers, origin.index, origin.buffers
+        headers, index, buffers = origin.headers, origin.index, computed | dict(origin.buffers)
 
     with replacing_folder(Path(folder)) as temporary:
         text = origin.config_text if spelled else _json_text(network.write_config(config))
@@ -315,9 +321,8 @@ def save_component(
             infos = parse_header(header)
 
             def tensor(key: str, infos=infos) -> np.ndarray:
-                if key in buffers:
-                    return buffers[key]
-                return _cast(_theirs(tensors[key], arrays), infos[key].dtype, key)
+                array = buffers[key] if key in buffers else _theirs(tensors[key], arrays)
+                return _cast(array, infos[key].dtype, key)
 
             write_safetensors(temporary / name, header, tensor, on_bytes)
 

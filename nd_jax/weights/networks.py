@@ -1,71 +1,24 @@
 """The networks that can be read from and written to model folders.
 
-A `Network` ties together what belongs to one class of a released folder: how its config.json is read and written, its
-Flax module, and its weight table. `COMPONENTS` says which network a subfolder of the released layout holds.
+A `Network` (see `network.py`) ties together what belongs to one class of a released folder: how its config.json is
+read and written, its Flax module, and its weight table. Here are those of text; `NETWORKS` are all there are.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from nd_jax.errors import UserError
 from nd_jax.models import clip_text, context_adapter, t5
-from nd_jax.weights.table import KEEP, LINEAR, Weight, WeightTable, flatten, rows
+from nd_jax.weights.mmdit import PYRAMID_FLOW_MMDIT, PYRAMID_MMDIT
+from nd_jax.weights.network import Network, abstract_params, config_fields, flat_shapes
+from nd_jax.weights.table import KEEP, LINEAR, Weight, WeightTable, rows
 
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """One class of network in a model folder.
-
-    Attributes:
-      name: ours, for messages and metadata.
-      class_names: values of `architectures` or `_class_name` in config.json that mean this network.
-      read_config: config.json's dictionary -> our config.
-      write_config: our config -> the released class's config.json.
-      module: (config, dtype=, param_dtype=) -> Flax module.
-      inputs: config -> abstract inputs for `eval_shape`.
-      table: config -> weight table.
-      logical_axes: (path pattern, axis names) of the parameters, see `nd_jax.train.sharding`.
-      weights_file: name of the weights file when the folder is written.
-      partial: True when the file holds more than this network reads (its other tensors are ignored).
-      ignored: patterns of keys that published checkpoints carry beside the parameters: constant buffers, and the
-        decoder of a whole T5.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    read_config: Callable[[Mapping[str, Any]], Any]
-    write_config: Callable[[Any], dict[str, Any]]
-    module: Callable[..., nn.Module]
-    inputs: Callable[[Any], tuple]
-    table: Callable[[Any], WeightTable]
-    logical_axes: tuple
-    weights_file: str = "model.safetensors"
-    partial: bool = False
-    ignored: tuple[str, ...] = ()
-
-
-def abstract_params(network: Network, config: Any, dtype: Any = jnp.float32) -> dict:
-    """Parameter tree of `jax.ShapeDtypeStruct`s, without allocating or computing anything."""
-    module = network.module(config, param_dtype=dtype)
-    variables = jax.eval_shape(module.init, jax.random.key(0), *network.inputs(config))
-    return variables["params"]
-
-
-def flat_shapes(network: Network, config: Any) -> dict[str, tuple[int, ...]]:
-    """Our parameter path -> shape."""
-    return {path: leaf.shape for path, leaf in flatten(abstract_params(network, config)).items()}
-
-
-def _fields(config_class: type, json: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of config.json that the dataclass has, lists as tuples."""
-    names = {f.name for f in dataclasses.fields(config_class)}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in json.items() if k in names and v is not None}
-
+# Callers find a network and what can be done with it in one place.
+__all__ = ["Network", "abstract_params", "flat_shapes"]
 
 # --- T5 ---------------------------------------------------------------------------------------------------------------
 
@@ -76,7 +29,7 @@ def _read_t5(json: Mapping[str, Any]) -> t5.T5Config:
         raise UserError(
             f"T5 config has feed_forward_proj {activation!r}: only T5 v1.1 encoders (gated-gelu) are supported"
         )
-    return t5.T5Config(**_fields(t5.T5Config, json))
+    return t5.T5Config(**config_fields(t5.T5Config, json))
 
 
 def _t5_json(config: t5.T5Config) -> dict[str, Any]:
@@ -192,7 +145,7 @@ CONTEXT_ADAPTER = Network(
     name="context_adapter",
     class_names=("ContextAdapter",),
     read_config=lambda json: context_adapter.ContextAdapterConfig(
-        **_fields(context_adapter.ContextAdapterConfig, json)
+        **config_fields(context_adapter.ContextAdapterConfig, json)
     ),
     write_config=lambda config: {"_class_name": "ContextAdapter", **dataclasses.asdict(config)},
     module=context_adapter.ContextAdapter,
@@ -204,7 +157,7 @@ CONTEXT_ADAPTER = Network(
 
 
 def _read_embedder(json: Mapping[str, Any]) -> context_adapter.ContextEmbedderConfig:
-    return context_adapter.ContextEmbedderConfig(**_fields(context_adapter.ContextEmbedderConfig, json))
+    return context_adapter.ContextEmbedderConfig(**config_fields(context_adapter.ContextEmbedderConfig, json))
 
 
 CONTEXT_EMBEDDER = Network(
@@ -256,7 +209,7 @@ def _clip_table(config: clip_text.CLIPTextConfig) -> WeightTable:
 CLIP_TEXT = Network(
     name="clip_text",
     class_names=("CLIPTextModelWithProjection",),
-    read_config=lambda json: clip_text.CLIPTextConfig(**_fields(clip_text.CLIPTextConfig, json)),
+    read_config=lambda json: clip_text.CLIPTextConfig(**config_fields(clip_text.CLIPTextConfig, json)),
     write_config=lambda config: {
         "architectures": ["CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
@@ -269,11 +222,11 @@ CLIP_TEXT = Network(
     ignored=(r"text_model\.embeddings\.position_ids",),
 )
 
-NETWORKS = (T5_ENCODER, DISTIL_T5, CONTEXT_ADAPTER, CONTEXT_EMBEDDER, CLIP_TEXT)
+NETWORKS = (T5_ENCODER, DISTIL_T5, CONTEXT_ADAPTER, CONTEXT_EMBEDDER, CLIP_TEXT, PYRAMID_MMDIT, PYRAMID_FLOW_MMDIT)
 
 
 def network_of(json: Mapping[str, Any], where: str) -> Network:
-    """The network that a config.json describes.
+    """The network that a config.json describes: the whole one, a part of it has to be asked for.
 
     Args:
       json: the file's dictionary.
@@ -282,9 +235,19 @@ def network_of(json: Mapping[str, Any], where: str) -> Network:
     Raises:
       UserError: no class is named, or none that is known here.
     """
-    name = json.get("_class_name") or next(iter(json.get("architectures") or ()), None)
-    for network in NETWORKS:
-        if name in network.class_names:
-            return network
-    known = sorted(c for n in NETWORKS for c in n.class_names)
-    raise UserError(f"{where}: class {name!r} is not supported; known classes are {', '.join(known)}")
+    name = class_name(json)
+    network = known_network(name)
+    if network is None:
+        known = sorted(c for n in NETWORKS for c in n.class_names if not n.partial)
+        raise UserError(f"{where}: class {name!r} is not supported; known classes are {', '.join(known)}")
+    return network
+
+
+def class_name(json: Mapping[str, Any]) -> str | None:
+    """The class that a config.json names, in the spelling of diffusers or of transformers."""
+    return json.get("_class_name") or next(iter(json.get("architectures") or ()), None)
+
+
+def known_network(name: str | None) -> Network | None:
+    """The whole network of a released class, None for a class that is not known."""
+    return next((n for n in NETWORKS if name in n.class_names and not n.partial), None)
