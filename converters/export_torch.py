@@ -20,9 +20,9 @@ import numpy as np
 
 from converters.byte_progress import byte_progress
 from nd_jax.errors import UserError
+from nd_jax.files import write_text
 from nd_jax.train.deployed import load_deployed
 from nd_jax.weights.folder import Component, save_component
-from nd_jax.weights.safetensors_io import replacing
 from nd_jax.weights.store import is_store, load_stored, read_store
 
 REPORT = "export.json"
@@ -113,8 +113,7 @@ def _write(
     for key in ("parameters", "bytes"):
         report[key] = sum(entry[key] for entry in report["components"].values())
     report["seconds"] = time.perf_counter() - begin
-    with replacing(output / REPORT) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(output / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from converters.byte_progress import byte_progress
 from converters.torch_files import SUFFIXES, open_any_source
 from nd_jax.errors import UserError
+from nd_jax.files import write_text
 from nd_jax.weights.folder import Component, component_hash, load_params, read_config, read_origin
 from nd_jax.weights.networks import NETWORKS, Network, class_name, known_network
-from nd_jax.weights.safetensors_io import replacing
 from nd_jax.weights.sources import WEIGHT_SUFFIXES, hash_files, read_json
 from nd_jax.weights.store import save_store
 
@@ -165,8 +165,7 @@ def import_torch(
         "bytes": sum(entry["bytes"] for entry in entries.values()),
         "seconds": time.perf_counter() - begin,
     }
-    with replacing(output / REPORT) as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_text(output / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nd_jax.errors import UserError
+from nd_jax.files import write_text
 
 
 @contextlib.contextmanager
@@ -42,4 +43,4 @@ def replacing_files(output_dir: Path, head: str) -> Iterator[Path]:
 
 def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Writes a report; NaN and infinity, which JSON does not have, raise ValueError."""
-    path.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(report, indent=2, allow_nan=False) + "\n")

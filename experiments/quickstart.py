@@ -21,7 +21,7 @@ from typing import Any
 from experiments.quickstart_report import print_table, write_quickstart_report
 from nd_jax.data.toy_prompts import toy_prompts
 from nd_jax.errors import UserError, run_command
-from nd_jax.train.metrics import write_atomic
+from nd_jax.files import write_text
 
 CONFIG = "experiments/configs/text_encoder.py:tiny"
 GRAPH = "text_encoder"
@@ -153,7 +153,7 @@ def run_stage(walk: Walk, name: str) -> None:
     result = {"result": finish(), "seconds": time.monotonic() - start}
     if command is not None:
         result["command"] = _shown(command)
-    write_atomic(_stage_file(walk, name), json.dumps(result, indent=2) + "\n")
+    write_text(_stage_file(walk, name), json.dumps(result, indent=2) + "\n")
 
 
 def _stage_file(walk: Walk, name: str) -> Path:
@@ -228,7 +228,7 @@ def _prompts(args: argparse.Namespace) -> Path:
         return args.prompts
     path = args.workdir / "prompts.txt"
     if not path.exists():
-        write_atomic(path, "\n".join(toy_prompts(2000, seed=0)) + "\n")
+        write_text(path, "\n".join(toy_prompts(2000, seed=0)) + "\n")
     return path
 
 

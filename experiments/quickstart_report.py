@@ -105,7 +105,15 @@ def write_quickstart_report(path: Path, workdir: Path, prompts: str, seed: int, 
             [
                 Table(["hop", "against", "SNR"], hop_rows, align="llr"),
                 Table(
-                    ["graph", "weights and constants", "nodes", "residual scale", "compile, s", "peak memory, GB", "binary, MB"],
+                    [
+                        "graph",
+                        "weights and constants",
+                        "nodes",
+                        "residual scale",
+                        "compile, s",
+                        "peak memory, GB",
+                        "binary, MB",
+                    ],
                     [
                         [
                             f"{onnx['graph']} for {soc}",

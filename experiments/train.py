@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from nd_jax.data.registry import build_data
     from nd_jax.distill.registry import build_method, resolve_config
+    from nd_jax.files import write_text
     from nd_jax.train.checkpoint import claim_workdir
     from nd_jax.train.loop import train
-    from nd_jax.train.metrics import write_atomic
 
     config = resolve_config(config)
     claim_workdir(args.workdir, config)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = train(config, build_method(config), train_batches, eval_batches.__iter__, args.workdir)
     if jax.process_index() == 0:
         summary = {"step": result.step, "interrupted": result.interrupted, **result.metrics}
-        write_atomic(args.workdir / "result.json", json.dumps(summary, indent=2) + "\n")
+        write_text(args.workdir / "result.json", json.dumps(summary, indent=2) + "\n")
         state = "interrupted" if result.interrupted else "finished"
         print(f"{state} at step {result.step}: {args.workdir / 'checkpoints'}, {args.workdir / 'metrics.jsonl'}")
     return 0

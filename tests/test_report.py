@@ -116,7 +116,7 @@ def test_a_failed_write_names_the_file_and_keeps_the_old_one(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(UserError, match=r"r\.html \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"r\.html: the disk is full"):
         report.write_report(path, "t", {}, [])
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 

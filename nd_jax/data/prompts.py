@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nd_jax.data.folders import new_folder
 from nd_jax.errors import UserError
+from nd_jax.files import new_folder
 
 SUFFIXES = (".txt", ".jsonl", ".array_record")
 # Records that one call reads while an ArrayRecord file is validated.

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nd_jax.data.folders import new_folder
 from nd_jax.errors import UserError
+from nd_jax.files import new_folder
 
 # Each set of files holds a whole vocabulary. Without one, transformers silently builds a tokenizer of four tokens.
 VOCABULARY_FILES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))

@@ -5,15 +5,13 @@ that become data URIs, their kind read from the bytes. The same data gives the s
 """
 
 import base64
-import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from numbers import Real
 from pathlib import Path
 
-from nd_jax.errors import UserError
+from nd_jax.files import replacing
 from nd_jax.report.plots import BarPlot, LinePlot, Series, bar_plot, format_number, line_plot
 from nd_jax.report.style import STYLE
 
@@ -120,15 +118,8 @@ def write_report(path: Path, title: str, summary: Mapping[str, Cell], sections: 
     path = Path(path)
     # A lone surrogate (possible in text from JSON) has no UTF-8 form; as a character reference it shows as U+FFFD.
     document = render_report(title, summary, sections).encode("utf-8", errors="xmlcharrefreplace")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(document)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write report {path} ({error.strerror}): free space or name another place") from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed already, or never made
-            temporary.unlink()
 
 
 def render_report(title: str, summary: Mapping[str, Cell], sections: Sequence[Section]) -> str:

@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from nd_jax.distill.base import merge
 from nd_jax.errors import UserError
-from nd_jax.train.metrics import write_atomic
+from nd_jax.files import write_text
 from nd_jax.train.step import TrainState
 
 CONFIG_FILE = "config.json"
@@ -187,7 +187,7 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any]) -> None:
     if jax.process_index() == 0:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps(config, indent=2) + "\n")
+            write_text(path, json.dumps(config, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"cannot write to workdir {workdir} ({error.strerror or error})") from error
 

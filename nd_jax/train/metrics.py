@@ -7,7 +7,6 @@ always tells one history.
 
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 import jax
 
 from nd_jax.errors import UserError
+from nd_jax.files import write_text
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -24,16 +24,6 @@ def read_metrics(path: Path) -> list[dict]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a text file by renaming a complete temporary one into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class MetricsWriter:
@@ -48,7 +38,7 @@ class MetricsWriter:
         path = workdir / "metrics.jsonl"
         if path.exists():
             kept = [line for line in read_metrics(path) if line["step"] <= resume_step]
-            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None)
 

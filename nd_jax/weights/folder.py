@@ -8,8 +8,7 @@ import contextlib
 import dataclasses
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nd_jax.errors import UserError
+from nd_jax.files import replacing_folder
 from nd_jax.weights.buffers import check_buffers, make_buffers
 from nd_jax.weights.network import Network, abstract_params, flat_shapes
 from nd_jax.weights.networks import network_of
@@ -352,36 +352,3 @@ def _dtype_entries(config_text: str, dtype: Any) -> dict[str, str]:
     if dtype is None:
         return {}
     return {name: np.dtype(dtype).name for name in ("torch_dtype", "dtype") if name in json.loads(config_text)}
-
-
-@contextlib.contextmanager
-def replacing_folder(folder: Path, marker: str = "config.json") -> Iterator[Path]:
-    """A temporary sibling of `folder` to fill; on success it takes the folder's name, else it is removed.
-
-    Raises:
-      UserError: `folder` exists, is not empty, and holds no `marker`, so that it is something else; or its parent
-        cannot be written.
-    """
-    if folder.exists() and not (folder.is_dir() and ((folder / marker).is_file() or not any(folder.iterdir()))):
-        raise UserError(f"{folder}: exists and is not a folder with {marker}; move it away or choose another output")
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    try:
-        if old.exists() and not folder.exists():
-            old.rename(folder)  # An earlier run ended between its two renames.
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be created ({error.strerror}); check the path and its permissions"
-        ) from error
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); free space or check permissions") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)

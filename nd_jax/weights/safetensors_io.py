@@ -9,9 +9,7 @@ resident memory is what the caller keeps plus one run. Files written here are by
 `safetensors` library for the same tensors.
 """
 
-import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -23,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from nd_jax.errors import UserError
+from nd_jax.files import replacing
 
 # From the lowest to the highest in the library's order: a file holds the highest first, names ascending within a dtype.
 DTYPES: dict[str, np.dtype] = {
@@ -219,32 +218,6 @@ def row_runs(shape: tuple[int, ...], itemsize: int, run_bytes: int = ROW_RUN_BYT
     rows = max(1, run_bytes // max(1, math.prod(shape[1:]) * itemsize))
     for start in range(0, shape[0], rows):
         yield start, min(start + rows, shape[0])
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` to write to; on success it is synced and takes `path`'s name, else it is removed.
-
-    Raises:
-      UserError: the disk is full, or the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        fd = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path}: the disk is full; free some space and run again (no partial file is left)"
-            ) from error
-        raise UserError(f"{path}: cannot be written ({error.strerror}); check the path and its permissions") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_safetensors(

@@ -20,7 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from nd_jax.errors import UserError
-from nd_jax.weights.folder import Component, Origin, read_config, replacing_folder
+from nd_jax.files import replacing_folder
+from nd_jax.weights.folder import Component, Origin, read_config
 from nd_jax.weights.networks import NETWORKS, flat_shapes
 from nd_jax.weights.safetensors_io import TORCH_METADATA, SafetensorsFile, build_header, write_safetensors
 from nd_jax.weights.sources import is_plain_name, listing, read_json
