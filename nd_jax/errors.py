@@ -11,8 +11,9 @@ class UserError(Exception):
 
 def run_command(main: Callable[[], int | None]) -> int:
     """Exit status of a command: a `UserError` becomes `error: ...` on stderr and status 1."""
-    # Orbax logs a traceback for every failure that it also raises; the user needs the one line below.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and its event loop log a traceback for every failure that they also raise; the user needs the one line below.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return main() or 0
     except UserError as error:
