@@ -91,7 +91,9 @@ def compile_binary(onnx_path: Path, wrapper: Path, soc: str) -> Binary:
       UserError: unknown chip, missing package, an operator that the HTP does not take, a compiler that died.
     """
     require_compiler()
-    request = {"action": "compile", "onnx": str(onnx_path), "wrapper": str(wrapper), "soc_model": soc_model(soc)}
+    # Absolute paths: the child works in a folder of its own.
+    paths = {"onnx": str(onnx_path.resolve()), "wrapper": str(wrapper.resolve())}
+    request = {"action": "compile", **paths, "soc_model": soc_model(soc)}
     answer = _in_child(request, f"{onnx_path.name} for {soc}")
     binaries = [path for path in wrapper.parent.glob("*.bin") if path.name.startswith(wrapper.stem)]
     if len(binaries) != 1:
@@ -116,7 +118,7 @@ def run_on_simulator(wrapper: Path, soc: str, samples: list[dict[str, np.ndarray
         np.savez(inputs, **{f"{i}/{name}": array for i, sample in enumerate(samples) for name, array in sample.items()})
         request = {
             "action": "run",
-            "wrapper": str(wrapper),
+            "wrapper": str(wrapper.resolve()),
             "soc_model": soc_model(soc),
             "inputs": str(inputs),
             "outputs": str(outputs),

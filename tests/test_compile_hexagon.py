@@ -55,6 +55,14 @@ def test_text_encoder_on_the_simulator(exported, tmp_path):
     np.testing.assert_array_equal(again[0].outputs[0]["context"], again[1].outputs[0]["context"])
 
 
+def test_relative_paths(exported, monkeypatch):
+    """The compiler runs in a folder of its own, from which a relative path leads nowhere."""
+    monkeypatch.chdir(exported.parent)
+    report = compile_hexagon.compile_graph("text_encoder.onnx", "relative", "8-elite", runs=1)
+    assert report["simulator"]["snr_db"]["context"] >= compile_hexagon.MIN_SNR_DB
+    assert (exported.parent / "relative" / "text_encoder_8-elite.onnx").exists()
+
+
 def test_saturation_is_seen(tmp_path):
     """What FP16 cannot hold saturates without a word; the SNR shows it."""
     path = _one_op(tmp_path / "big.onnx", "Mul", ["r", "r"], [1, 4, 8])
