@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.byte_progress import byte_progress
-from nd_jax.errors import UserError
+from nd_jax.errors import UserError, run_command
 from nd_jax.files import write_text
 from nd_jax.train.deployed import load_deployed
 from nd_jax.weights.folder import Component, save_component
@@ -132,11 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        report = export_torch(args.checkpoint, args.output, args.step, args.dtype, ema=not args.no_ema)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    report = export_torch(args.checkpoint, args.output, args.step, args.dtype, ema=not args.no_ema)
     for name, reason in report["skipped"].items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
     print(
@@ -147,4 +143,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from converters.byte_progress import byte_progress
 from converters.torch_files import SUFFIXES, open_any_source
-from nd_jax.errors import UserError
+from nd_jax.errors import UserError, run_command
 from nd_jax.files import write_text
 from nd_jax.weights.folder import Component, component_hash, load_params, read_config, read_origin
 from nd_jax.weights.networks import NETWORKS, Network, class_name, known_network
@@ -199,11 +199,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     network = next((network for network in NETWORKS if network.name == args.network), None)
-    try:
-        report = import_torch(args.source, args.output, network, args.component, args.config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    report = import_torch(args.source, args.output, network, args.component, args.config)
     skipped = f", {len(report['skipped'])} skipped" if report["skipped"] else ""
     print(
         f"imported {len(report['components'])} components, {report['parameters']:,} parameters, "
@@ -214,4 +210,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

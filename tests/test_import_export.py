@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from converters import export_torch, import_torch
 from converters.torch_files import TorchFile
-from nd_jax.errors import UserError
+from nd_jax.errors import UserError, run_command
 from nd_jax.models import context_adapter, t5
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.train.deployed import Deployed
@@ -69,8 +69,8 @@ def model(tmp_path):
     save_component(mmdit, networks.PYRAMID_FLOW_MMDIT, MMDIT, random_params(networks.PYRAMID_FLOW_MMDIT, MMDIT))
     # Another library's sines, different in the last digits.
     rewrite(mmdit, lambda t: t.update({POSITIONS: t[POSITIONS] * np.float32(1 + 1e-6)}), MMDIT_FILE)
-    (root / "causal_video_vae").mkdir()
-    (root / "causal_video_vae" / "config.json").write_text('{"_class_name": "CausalVideoVAE"}')
+    (root / "ssd_1b_vae").mkdir()
+    (root / "ssd_1b_vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     (root / "tokenizer_3").mkdir()
     (root / "tokenizer_3" / "tokenizer.json").write_text("{}")
     return root
@@ -80,12 +80,12 @@ def test_a_model_folder_comes_back_byte_by_byte(model, tmp_path, capsys):
     assert import_torch.main(["--source", str(model), "--output", str(tmp_path / "store")]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("imported 5 components, ") and captured.out.count("\n") == 1
-    assert "skipped causal_video_vae: class CausalVideoVAE is not supported" in captured.err
+    assert "skipped ssd_1b_vae: class AutoencoderKL is not supported" in captured.err
     report = json.loads((tmp_path / "store" / "import.json").read_text())
     assert set(report["components"]) == {
         *("text_encoder", "text_encoder_2", "text_encoder_3", "context_adapter", "diffusion_transformer_384p")
     }
-    assert report["skipped"] == {"causal_video_vae": "class CausalVideoVAE is not supported"}
+    assert report["skipped"] == {"ssd_1b_vae": "class AutoencoderKL is not supported"}
     assert report["copied"] == ["tokenizer_3"]
     assert report["components"]["context_adapter"]["dtypes"] == ["bfloat16", "float32"]
 
@@ -94,7 +94,7 @@ def test_a_model_folder_comes_back_byte_by_byte(model, tmp_path, capsys):
     assert captured.out.startswith("exported 5 components, ") and not captured.err
     exported = files(tmp_path / "out")
     assert json.loads(exported.pop("export.json"))["skipped"] == {}
-    expected = {n: b for n, b in files(model).items() if not n.startswith("causal_video_vae")}
+    expected = {n: b for n, b in files(model).items() if not n.startswith("ssd_1b_vae")}
     assert exported == expected
 
 
@@ -258,7 +258,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(model, tmp_path, monkeypatch,
     folder = model / "text_encoder_3"
     (folder / "model.safetensors").unlink()
     save({"weight": Code()}, folder / "pytorch_model.bin")
-    assert import_torch.main(["--source", str(folder), "--output", str(tmp_path / "store")]) == 1
+    assert run_command(lambda: import_torch.main(["--source", str(folder), "--output", str(tmp_path / "store")])) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert "pytorch_model.bin: refused" in error and "mkdir" in error and "convert it to safetensors" in error
@@ -315,7 +315,12 @@ def test_a_damaged_store_is_named(model, tmp_path):
 def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    assert import_torch.main(["--source", str(model / "context_adapter"), "--output", str(tmp_path / "store")]) == 1
+    assert (
+        run_command(
+            lambda: import_torch.main(["--source", str(model / "context_adapter"), "--output", str(tmp_path / "store")])
+        )
+        == 1
+    )
     assert "context_adapter: needs" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["model"]
 
@@ -345,18 +350,18 @@ def test_a_failed_import_leaves_the_old_store(model, tmp_path):
 def test_bad_arguments(model, tmp_path, monkeypatch, capsys, arguments, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert import_torch.main(arguments) == 1
+    assert run_command(lambda: import_torch.main(arguments)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and says in error
     assert not (tmp_path / "x").exists()
 
 
 def test_export_of_what_is_no_checkpoint(model, tmp_path, capsys):
-    assert export_torch.main(["--checkpoint", str(model), "--output", str(tmp_path / "out")]) == 1
+    assert run_command(lambda: export_torch.main(["--checkpoint", str(model), "--output", str(tmp_path / "out")])) == 1
     assert "neither a store (model.json) nor a training workdir" in capsys.readouterr().err
     import_torch.import_torch(model / "context_adapter", tmp_path / "store")
     arguments = ["--checkpoint", str(tmp_path / "store"), "--output", str(tmp_path / "out"), "--step", "3"]
-    assert export_torch.main(arguments) == 1
+    assert run_command(lambda: export_torch.main(arguments)) == 1
     assert "which have no steps" in capsys.readouterr().err
 
 
