@@ -11,7 +11,7 @@ class UserError(Exception):
 
 def run_command(main: Callable[[], int | None]) -> int:
     """Exit status of a command: a `UserError` becomes `error: ...` on stderr and status 1."""
-    # Orbax and its event loop log a traceback for every failure that they also raise; the user needs the one line below.
+    # Orbax and its event loop log a traceback for every failure that they also raise; the user needs one line.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:

@@ -1,5 +1,6 @@
 """Full-size networks have every key and shape of the released state dicts; nothing is allocated."""
 
+import collections
 import json
 import math
 from pathlib import Path
@@ -23,6 +24,8 @@ LAYOUTS = Path(__file__).parent / "layouts"
         ("pyramid_mmdit_18", networks.PYRAMID_MMDIT, 1_512_155_200),
         ("pyramid_mmdit_24", networks.PYRAMID_MMDIT, 2_022_041_152),
         ("pyramid_flow_mmdit_teacher", networks.PYRAMID_FLOW_MMDIT, 2_028_334_144),
+        ("asymmetric_causal_video_vae", networks.ASYMMETRIC_VIDEO_VAE, 119_543_507),
+        ("pyramid_flow_causal_video_vae", networks.CAUSAL_VIDEO_VAE, 335_402_067),
     ],
 )
 def test_keys_shapes_and_totals(name, network, parameters):
@@ -35,6 +38,28 @@ def test_keys_shapes_and_totals(name, network, parameters):
     assert set(network.buffers(config)) == set(buffers)
     assert sorted(list(t.keys) for t in tensors if len(t.keys) > 1) == sorted(layout["tied"])
     assert sum(math.prod(shape) for shape in shapes.values()) == parameters == layout["total_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "decoder"),
+    [
+        ("asymmetric_causal_video_vae", networks.ASYMMETRIC_VIDEO_VAE, 9_910_147),
+        ("pyramid_flow_causal_video_vae", networks.CAUSAL_VIDEO_VAE, 225_768_707),
+    ],
+)
+def test_halves_of_the_video_vae(name, network, decoder):
+    layout = json.loads((LAYOUTS / f"{name}.json").read_text(encoding="utf-8"))
+    shapes = networks.flat_shapes(network, network.read_config(layout["config_kwargs"]))
+    modules = collections.Counter()
+    for path, shape in shapes.items():
+        modules[path.partition("/")[0]] += math.prod(shape)
+    assert modules == layout["parameters_by_top_module"]
+    assert (modules["encoder"], modules["decoder"]) == (109_632_032, decoder)
+    half = networks.VIDEO_VAE_ENCODER
+    frozen = networks.flat_shapes(
+        half, half.read_config({**layout["config_kwargs"], "_class_name": network.class_names[0]})
+    )
+    assert frozen == {path: shape for path, shape in shapes.items() if path.startswith(("encoder/", "quant_conv/"))}
 
 
 def test_written_configs_are_read_back_as_the_same():

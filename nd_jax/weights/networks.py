@@ -16,6 +16,7 @@ from nd_jax.models import clip_text, context_adapter, t5
 from nd_jax.weights.mmdit import PYRAMID_FLOW_MMDIT, PYRAMID_MMDIT
 from nd_jax.weights.network import Network, abstract_params, config_fields, flat_shapes
 from nd_jax.weights.table import KEEP, LINEAR, Weight, WeightTable, rows
+from nd_jax.weights.vae import ASYMMETRIC_VIDEO_VAE, CAUSAL_VIDEO_VAE, VIDEO_VAE_ENCODER
 
 # Callers find a network and what can be done with it in one place.
 __all__ = ["Network", "abstract_params", "flat_shapes"]
@@ -222,7 +223,11 @@ CLIP_TEXT = Network(
     ignored=(r"text_model\.embeddings\.position_ids",),
 )
 
-NETWORKS = (T5_ENCODER, DISTIL_T5, CONTEXT_ADAPTER, CONTEXT_EMBEDDER, CLIP_TEXT, PYRAMID_MMDIT, PYRAMID_FLOW_MMDIT)
+NETWORKS = (
+    *(T5_ENCODER, DISTIL_T5, CONTEXT_ADAPTER, CONTEXT_EMBEDDER, CLIP_TEXT),
+    *(PYRAMID_MMDIT, PYRAMID_FLOW_MMDIT),
+    *(CAUSAL_VIDEO_VAE, ASYMMETRIC_VIDEO_VAE, VIDEO_VAE_ENCODER),
+)
 
 
 def network_of(json: Mapping[str, Any], where: str) -> Network:
