@@ -43,7 +43,7 @@ def history(workdir):
 
 def assert_close(got, want):
     assert got.keys() == want.keys()
-    np.testing.assert_allclose([got[k] for k in want], [want[k] for k in want], rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose([got[k] for k in want], [want[k] for k in want], rtol=1e-5, atol=1e-7)
 
 
 @pytest.fixture(scope="module")
