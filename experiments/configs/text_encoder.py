@@ -151,4 +151,6 @@ def _full(config: ConfigDict) -> ConfigDict:
     )
     config.dtype = "bfloat16"
     config.remat = True
+    # Split over more than 16 chips, a shard of the weights gets too small to be worth gathering; beyond, copy them.
+    config.mesh.data, config.mesh.fsdp = -1, 16
     return config
