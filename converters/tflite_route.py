@@ -18,7 +18,7 @@ import numpy as np
 
 from converters.graphs import Graph
 from converters.packages import need
-from nd_jax.errors import UserError
+from nd_jax.errors import UserError, first_line
 from nd_jax.weights.table import flatten
 
 if TYPE_CHECKING:
@@ -64,15 +64,11 @@ def to_tflite(graph: Graph) -> bytes:
     try:
         return converter.convert()
     except Exception as error:  # TFLite raises its own ConverterError and bare Exceptions alike
-        raise UserError(f"graph {graph.name}: TFLite cannot convert it: {_first_line(error)}") from error
+        raise UserError(f"graph {graph.name}: TFLite cannot convert it: {first_line(error)}") from error
 
 
 def _path(keys: tuple) -> str:
     return "/".join(str(key.key) for key in keys)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def to_onnx(tflite: Path) -> "onnx.ModelProto":
@@ -90,7 +86,7 @@ def to_onnx(tflite: Path) -> "onnx.ModelProto":
         try:
             model, _ = tf2onnx.convert.from_tflite(str(tflite), opset=TF2ONNX_OPSET)
         except ValueError as error:
-            raise UserError(f"{tflite.name}: tf2onnx cannot convert it: {_first_line(error)}") from error
+            raise UserError(f"{tflite.name}: tf2onnx cannot convert it: {first_line(error)}") from error
     return model
 
 

@@ -125,7 +125,7 @@ def write_quickstart_report(path: Path, workdir: Path, prompts: str, seed: int, 
                             hexagon["binary_bytes"] / 1e6,
                         ]
                     ],
-                    caption="FP16. The simulator computes what the chip computes; it says nothing about its speed.",
+                    caption="FP16, on the compiler's own simulator of the chip; it says nothing about speed.",
                 ),
             ],
         ),

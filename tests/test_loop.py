@@ -126,9 +126,14 @@ def test_a_finished_run_keeps_its_result(undisturbed):
     assert again.step == 12 and {"eval/score", "train/loss", "train/grad_norm"} <= set(again.metrics)
 
 
+class InterruptingLate(Interrupting):
+    at = 9
+
+
 def test_a_checkpoint_is_ranked_by_its_own_evaluation(tmp_path):
-    """Evaluated at 8 and 12 only, where the score is highest at 12: neither 4 nor 10 may borrow a score."""
-    run(tmp_path, checkpoint={"every": 2, "keep": 1, "best_metric": "eval/score"}, eval_every=8)
-    assert complete_steps(tmp_path / "checkpoints") == [12]
-    scored = [p for p in (tmp_path / "checkpoints").glob("*/metrics/metrics")]
-    assert [json.loads(p.read_text()).keys() for p in scored] == [{"eval/score"}]
+    """Evaluated at 8, interrupted at 10: the checkpoint of 10 has no score to borrow, and 8 stays as the best."""
+    settings = {"every": 2, "keep": 1, "best_metric": "eval/score"}
+    assert run(tmp_path, InterruptingLate(16), checkpoint=settings, eval_every=8).step == 10
+    folder = tmp_path / "checkpoints"
+    assert complete_steps(folder) == [8, 10]
+    assert (folder / "8" / "metrics").exists() and not (folder / "10" / "metrics").exists()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from experiments import train as command
 from experiments.config_file import load_config, plain
 from nd_jax.distill.registry import build_method
-from nd_jax.errors import UserError
+from nd_jax.errors import UserError, first_line
 from nd_jax.train.deployed import load_deployed
 from nd_jax.weights import networks
 from nd_jax.weights.folder import save_component
@@ -80,6 +80,12 @@ def test_bad_prompt_files(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         run(tmp_path / "run", path)
+
+
+def test_first_line_of_mute_and_of_talkative_errors():
+    assert first_line(RuntimeError()) == "RuntimeError"
+    assert first_line(RuntimeError("\n  the cause\ndetails")) == "the cause"
+    assert first_line(ValueError("RESOURCE_EXHAUSTED: /a/b: No space left on device [28]")) == "No space left on device"
 
 
 def test_the_command_prints_one_line_and_exits_1(tmp_path):

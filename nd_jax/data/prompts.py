@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nd_jax.errors import UserError
+from nd_jax.errors import UserError, first_line
 from nd_jax.files import new_folder
 
 SUFFIXES = (".txt", ".jsonl", ".array_record")
@@ -316,7 +316,7 @@ def write_prompts_array_record(prompts: Sequence[str], folder: PathLike, shards:
                     writer.write(record)
                 writer.close()
             except RuntimeError as error:
-                raise UserError(f"{Path(folder) / name}: cannot be written ({_first_line(error)})") from error
+                raise UserError(f"{Path(folder) / name}: cannot be written ({first_line(error)})") from error
     return [Path(folder) / name for name in names]
 
 
@@ -325,10 +325,6 @@ def _record(prompt: str, index: int) -> bytes:
         return json.dumps({"prompt": _checked(prompt)}, ensure_ascii=False).encode("utf-8")
     except _Malformed as error:
         raise UserError(f"prompt {index} cannot be written: {error}; leave it out") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,7 @@ Saving is asynchronous and sharded: every process writes its own shards. A save 
 folder that is never read. Restoring takes shardings, so that a run may continue on another mesh.
 """
 
-import errno
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from nd_jax.distill.base import merge
-from nd_jax.errors import UserError
+from nd_jax.errors import UserError, first_line
 from nd_jax.files import write_text
 from nd_jax.train.step import TrainState
 
@@ -137,7 +135,7 @@ class _SaveErrors:
             return
         what = "a checkpoint" if self._step is None else f"the checkpoint of step {self._step} or the one before it"
         raise UserError(
-            f"could not save {what} in {self._checkpointer.folder} ({_first_line(error)}): free disk space and run the "
+            f"could not save {what} in {self._checkpointer.folder} ({first_line(error)}): free disk space and run the "
             f"same command again; complete checkpoints: {complete_steps(self._checkpointer.folder) or 'none'}"
         ) from error
 
@@ -147,17 +145,10 @@ def _array_items(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "optimizer": optimizer} | ({"ema": state.ema} if state.ema else {})
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    # TensorStore puts the operating system's reason behind two screens of paths.
-    full = os.strerror(errno.ENOSPC)
-    return full if full in text else text.splitlines()[0][:300]
-
-
 def _damaged(where: Path, error: BaseException) -> str:
     others = [s for s in complete_steps(where.parent) if s != int(where.name)]
     remedy = f"remove that folder to continue from step {others[-1]}" if others else "remove that folder to start anew"
-    return f"checkpoint {where} cannot be read ({_first_line(error)}): {remedy}"
+    return f"checkpoint {where} cannot be read ({first_line(error)}): {remedy}"
 
 
 def complete_steps(folder: Path) -> list[int]:

@@ -8,6 +8,7 @@ before its state is saved, and evaluation.
 import dataclasses
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -292,8 +293,6 @@ def _check_finite(values: Mapping[str, float], done: _Pending, saver: checkpoint
 
 def _close(saver: checkpoint.Checkpointer) -> None:
     """Waits for saves in flight. An error that is already on its way is not replaced by a second one."""
-    import sys
-
     in_flight = sys.exc_info()[1]
     try:
         saver.close()

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from nd_jax.errors import UserError
+from nd_jax.errors import UserError, first_line
 from nd_jax.files import replacing_folder
 from nd_jax.weights.folder import Component, Origin, read_config
 from nd_jax.weights.networks import NETWORKS, flat_shapes
@@ -93,7 +93,7 @@ def _save_component(folder: Path, component: Component) -> dict[str, Any]:
         try:
             checkpointer.save(folder / "params", args=ocp.args.PyTreeSave(params))
         except ValueError as error:  # TensorStore's errors, a full disk among them.
-            raise UserError(f"{folder}: cannot be written ({_first_line(error)}); free space and run again") from error
+            raise UserError(f"{folder}: cannot be written ({first_line(error)}); free space and run again") from error
     return {
         "network": network.name,
         "source": origin.source if origin else None,
@@ -182,7 +182,7 @@ def load_stored(directory: Path, name: str, shardings: Any = None, dtype: Any = 
                 folder / "params", args=ocp.args.PyTreeRestore(restore_args=unflatten(leaf_args))
             )
         except (ValueError, KeyError, OSError) as error:
-            raise UserError(f"{folder}: cannot be read ({_first_line(error)}); import the weights again") from error
+            raise UserError(f"{folder}: cannot be read ({first_line(error)}); import the weights again") from error
     found = {path: leaf.shape for path, leaf in flatten(params).items()}
     unlike = [p for p in sorted(set(found) | set(shapes)) if found.get(p) != shapes.get(p)]
     if unlike:
@@ -205,10 +205,6 @@ def _origin(folder: Path, entry: Mapping[str, Any]) -> Origin | None:
         tuple(entry["index"]) if entry["index"] else None,
         buffers,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
 
 
 @contextlib.contextmanager
