@@ -9,18 +9,16 @@ command continues an interrupted walk.
 import argparse
 import dataclasses
 import json
-import shlex
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.quickstart_report import print_table, write_quickstart_report
+from experiments.stages import Stage, Stages, add_arguments, python, read_results, run_stages
 from nd_jax.data.toy_prompts import toy_prompts
-from nd_jax.errors import UserError, run_command
+from nd_jax.errors import run_command
 from nd_jax.files import write_text
 
 CONFIG = "experiments/configs/text_encoder.py:tiny"
@@ -43,12 +41,9 @@ class Walk:
     seed: int
     soc: str
 
-    def python(self, module: str, *args: Any) -> list[str]:
-        return [sys.executable, "-m", module, *map(str, args)]
-
 
 def train_command(walk: Walk, name: str, *overrides: str) -> list[str]:
-    return walk.python(
+    return python(
         "experiments.train",
         "--config",
         CONFIG,
@@ -60,29 +55,33 @@ def train_command(walk: Walk, name: str, *overrides: str) -> list[str]:
     )
 
 
-def stages(walk: Walk) -> dict[str, tuple[str, list[str] | None, Callable[[], dict[str, Any]]]]:
-    """Stage -> (what it does, command or None, function that returns its numbers once the command is done)."""
+def stages(walk: Walk) -> Stages:
+    """The walk, in order."""
     work = walk.workdir
-    read = lambda *parts: json.loads(work.joinpath(*parts).read_text())
-    onnx = walk.python("converters.export_onnx", "--model", work / "model", "--graph", GRAPH, "--output", work / "onnx")
-    hexagon = walk.python("converters.compile_hexagon", "--onnx", work / "onnx" / f"{GRAPH}.onnx")
+    read = lambda *parts: lambda: json.loads(work.joinpath(*parts).read_text())
+    onnx = python("converters.export_onnx", "--model", work / "model", "--graph", GRAPH, "--output", work / "onnx")
+    hexagon = python("converters.compile_hexagon", "--onnx", work / "onnx" / f"{GRAPH}.onnx")
     hexagon += ["--output", str(work / "hexagon"), "--soc", walk.soc, "--run", "4"]
-    export = walk.python("converters.export_torch", "--checkpoint", work / "train", "--output", work / "model")
     return {
-        "train": ("distil the text encoder", train_command(walk, "train"), lambda: read("train", "result.json")),
-        "ablation": (
+        "train": Stage(
+            "distil the text encoder", read("train", "result.json"), train_command(walk, "train"), folder="train"
+        ),
+        "ablation": Stage(
             "the same without the cosine term",
+            read("ablation", "result.json"),
             train_command(walk, "ablation", "--config.loss.cosine_weight=0.0"),
-            lambda: read("ablation", "result.json"),
+            folder="ablation",
         ),
-        "export": ("write the PyTorch model folder", export, lambda: check_folder(walk)),
-        "onnx": ("export to ONNX", [*onnx, "--prompts", str(walk.prompts)], lambda: read("onnx", f"{GRAPH}.json")),
-        "hexagon": (
-            f"compile for {walk.soc} and run the simulator",
-            hexagon,
-            lambda: read("hexagon", f"{GRAPH}_{walk.soc}.json"),
+        "export": Stage(
+            "write the PyTorch model folder",
+            lambda: check_folder(walk),
+            python("converters.export_torch", "--checkpoint", work / "train", "--output", work / "model"),
         ),
-        "report": ("write the report", None, lambda: report(walk)),
+        "onnx": Stage("export to ONNX", read("onnx", f"{GRAPH}.json"), [*onnx, "--prompts", str(walk.prompts)]),
+        "hexagon": Stage(
+            f"compile for {walk.soc} and run the simulator", read("hexagon", f"{GRAPH}_{walk.soc}.json"), hexagon
+        ),
+        "report": Stage("write the report", lambda: report(walk), always=True),
     }
 
 
@@ -128,59 +127,11 @@ def _held_out_tokens(walk: Walk) -> Any:
 
 def report(walk: Walk) -> dict[str, Any]:
     """Writes report.html and prints the table."""
-    done = {name: _read_stage(walk, name) for name in stages(walk) if name != "report"}
-    missing = [name for name, result in done.items() if result is None]
-    if missing:
-        raise UserError(f"stage {missing[0]} has not been run in {walk.workdir}: run it with --only {missing[0]}")
+    done = read_results(walk.workdir, stages(walk))
     path = walk.workdir / "report.html"
     write_quickstart_report(path, walk.workdir, walk.prompts.name, walk.seed, walk.soc, done)
     print_table(walk.workdir, done, walk.soc)
     return {"report": str(path)}
-
-
-def run_stage(walk: Walk, name: str) -> None:
-    """Runs one stage and notes its result, command and seconds in WORKDIR/stages/NAME.json."""
-    what, command, finish = stages(walk)[name]
-    print(f"== {name}: {what}", flush=True)
-    start = time.monotonic()
-    if command is not None:
-        print("   " + _shown(command), flush=True)
-        status = subprocess.run(command, check=False).returncode
-        if status:
-            raise UserError(
-                f"stage {name} failed with status {status}, see above; run the same command to continue there"
-            )
-    result = {"result": finish(), "seconds": time.monotonic() - start}
-    if command is not None:
-        result["command"] = _shown(command)
-    write_text(_stage_file(walk, name), json.dumps(result, indent=2) + "\n")
-
-
-def _stage_file(walk: Walk, name: str) -> Path:
-    return walk.workdir / "stages" / f"{name}.json"
-
-
-def _done_before(walk: Walk, name: str) -> bool:
-    """Whether a stage is done; a stage that was done by another command is the user's decision, not ours."""
-    done = _read_stage(walk, name)
-    if done is None:
-        return False
-    command = _shown(stages(walk)[name][1])
-    if done["command"] != command:
-        raise UserError(
-            f"{walk.workdir}: stage {name} was done with other arguments ({done['command']}): "
-            f"choose another --workdir, or --from {name} to do it again"
-        )
-    return True
-
-
-def _shown(command: list[str]) -> str:
-    return shlex.join(["python", *command[1:]])
-
-
-def _read_stage(walk: Walk, name: str) -> dict[str, Any] | None:
-    path = _stage_file(walk, name)
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -197,9 +148,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of training (default 0)")
     parser.add_argument("--soc", default="8-elite", help="chip, see converters.compile_hexagon (default 8-elite)")
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--only", choices=names, help="run this stage alone, again if it was done")
-    chosen.add_argument("--from", dest="start", choices=names, help="run this stage and all after it again")
+    add_arguments(parser, names)
     return parser.parse_args(argv)
 
 
@@ -208,16 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.monotonic()
     args.workdir.mkdir(parents=True, exist_ok=True)
     walk = Walk(args.workdir, _prompts(args), args.seed, args.soc)
-    (args.workdir / "stages").mkdir(exist_ok=True)
-    names = list(stages(walk))
-    again = {args.only} if args.only else set(names[names.index(args.start) :]) if args.start else set()
-    for name in [args.only] if args.only else names:
-        if name not in again and name != "report" and _done_before(walk, name):
-            print(f"== {name}: done before", flush=True)
-            continue
-        if name in again and name in ("train", "ablation"):
-            shutil.rmtree(args.workdir / name, ignore_errors=True)
-        run_stage(walk, name)
+    run_stages(args.workdir, stages(walk), args.only, args.start)
     print(f"quickstart done in {time.monotonic() - begin:.0f} s, report: {(args.workdir / 'report.html').resolve()}")
     return 0
 
