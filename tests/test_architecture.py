@@ -18,6 +18,7 @@ ROWS = (
     ("data",),
     ("distill",),
     ("train",),
+    ("generate",),
     ("report",),
 )
 RANK = {package: rank for rank, row in enumerate(ROWS) for package in row}
