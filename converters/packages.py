@@ -16,6 +16,7 @@ DISTRIBUTIONS = {
     "onnxruntime": "onnxruntime",
     "onnxruntime_qnn": "onnxruntime-qnn",
     "torch": "torch",
+    "diffusers": "diffusers",
 }
 
 

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nd_jax.distill import text_encoder_roles
+from nd_jax.distill import teacher_roles, text_encoder_roles, video_vae_roles
 from nd_jax.distill.base import Distillation
 from nd_jax.errors import UserError
 
 # name -> (fills in what the config's folders say, builds the method of a filled-in config)
-METHODS = {"text_encoder": (text_encoder_roles.resolve_config, text_encoder_roles.text_encoder_from_config)}
+METHODS = {
+    "text_encoder": (text_encoder_roles.resolve_config, text_encoder_roles.text_encoder_from_config),
+    "teacher": (teacher_roles.resolve_config, teacher_roles.teacher_from_config),
+    "video_vae": (video_vae_roles.resolve_config, video_vae_roles.video_vae_from_config),
+}
 
 
 def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from nd_jax.models.mmdit_block import ATTENTION, JointBlock, TokenGeometry, modulate
+from nd_jax.models.attention import ATTENTION
+from nd_jax.models.mmdit_block import JointBlock, TokenGeometry, modulate
 
 SINUSOID_CHANNELS = 256
 
@@ -180,7 +181,7 @@ class PyramidMMDiT(nn.Module):
       dtype: computation dtype; norms, softmax and modulation are float32 whatever it is.
       param_dtype: dtype of initialised parameters.
       remat: a key of `REMAT`.
-      attention: a key of `ATTENTION`.
+      attention: a key of `ATTENTION`: "xla" for accelerators, "cached" for processors.
       scan: one program for all blocks before the last, over stacked parameters. Without it the parameters are those of
         `unstack_blocks`.
     """
@@ -231,6 +232,7 @@ class PyramidMMDiT(nn.Module):
         geometry: TokenGeometry,
         output_tokens: int | None = None,
         return_block_states: bool = False,
+        current_unseen: bool = False,
     ) -> MMDiTOutput:
         """Velocity of the current clip.
 
@@ -242,8 +244,15 @@ class PyramidMMDiT(nn.Module):
           geometry: of the layout; it says which tokens see each other.
           output_tokens: M, how many of the last tokens are the current clip's; all when None; static.
           return_block_states: also return both streams around every block; static.
+          current_unseen: the mask hides the current clip from all other tokens, in every sample; static. Attention
+            leaves those pairs out. So it is wherever there is a history (`TokenLayout.current_unseen`).
+
+        Raises:
+          ValueError: `current_unseen` without `output_tokens`.
         """
         cfg = self.config
+        if current_unseen and output_tokens is None:
+            raise ValueError("current_unseen says that nothing sees the current clip: give output_tokens, its length")
         activation = ("batch", "length", "activation_embed")
         image = nn.with_logical_constraint(self.embed_tokens(tokens, geometry.positions), activation)
         text = nn.with_logical_constraint(self.embed_context(context), activation)
@@ -254,6 +263,7 @@ class PyramidMMDiT(nn.Module):
             heads=cfg.num_attention_heads,
             head_dim=cfg.attention_head_dim,
             attention=self.attention,
+            unseen=output_tokens if current_unseen else 0,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )

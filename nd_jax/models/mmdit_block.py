@@ -15,12 +15,13 @@ modulation are float32 whatever the computation dtype. Agrees with `JointTransfo
 Shape letters: B batch, N image tokens, T text tokens, L = T + N, D model width, H heads, K head width.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from nd_jax.models.attention import ATTENTION
 
 NORM_EPSILON = 1e-6
 HEAD_NORM_EPSILON = 1e-5
@@ -43,15 +44,26 @@ class TokenGeometry(NamedTuple):
     mask: jax.Array
 
 
-def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Equation 4 by XLA: [B, L, H, K] each, mask bool [B, 1, L, L] -> [B, L, H, K]."""
-    # JAX's own code mixes bfloat16 and float32, which a strict caller forbids.
-    with jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+@jax.custom_vjp
+def _rows_times_kernel(x_BE: jax.Array, kernel_EF: jax.Array) -> jax.Array:
+    return x_BE @ kernel_EF
 
 
-# The switch: every implementation has the signature of `xla_attention`.
-ATTENTION: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention}
+def _rows_times_kernel_backward(saved: tuple[jax.Array, jax.Array], gradient_BF: jax.Array):
+    x_BE, kernel_EF = saved
+    return jnp.einsum("bf,ef->be", gradient_BF, kernel_EF), jnp.einsum("be,bf->ef", x_BE, gradient_BF)
+
+
+_rows_times_kernel.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _rows_times_kernel_backward)
+
+
+def vector_dot_general(x_BE: jax.Array, kernel_EF: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """The product in (1) as `nn.Dense` takes it, for one vector per sample.
+
+    JAX makes a kernel's gradient transposed and turns it round. For a batch of one, XLA on a processor then writes the
+    whole gradient twice, and that of (1) is the largest of a block. Here it is made as it lies.
+    """
+    return _rows_times_kernel(x_BE, kernel_EF)
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
@@ -105,11 +117,11 @@ class Stream(nn.Module):
     def setup(self):
         width = self.heads * self.head_dim
         zeros, xavier = nn.initializers.zeros, nn.initializers.xavier_uniform()
-        dense = lambda features, init=xavier: nn.Dense(
-            features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init
+        dense = lambda features, init=xavier, **product: nn.Dense(
+            features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=init, **product
         )
         # Zero, so that a fresh block passes its input on.
-        self.modulation = dense((2 if self.last else 6) * width, zeros)
+        self.modulation = dense((2 if self.last else 6) * width, zeros, dot_general=vector_dot_general)
         self.query, self.key, self.value = dense(width), dense(width), dense(width)
         self.query_norm = HeadNorm(self.head_dim, self.param_dtype)
         self.key_norm = HeadNorm(self.head_dim, self.param_dtype)
@@ -150,12 +162,19 @@ class Stream(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """(image [B, N, D], text [B, T, D], silu(temb) [B, D], geometry) -> (image, text); text is None when `last`."""
+    """(image [B, N, D], text [B, T, D], silu(temb) [B, D], geometry) -> (image, text); text is None when `last`.
+
+    Attributes:
+      heads, head_dim, last: see `Stream`.
+      attention: a key of `attention.ATTENTION`.
+      unseen: how many of the last image tokens the mask hides from all other tokens, see `attention.xla_attention`.
+    """
 
     heads: int
     head_dim: int
     last: bool = False
     attention: str = "xla"
+    unseen: int = 0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -172,7 +191,7 @@ class JointBlock(nn.Module):
         text_qkv, text_modulation = self.text.project(text_BTD, conditioning_BD)
         length = text_BTD.shape[1]
         joined = [jnp.concatenate(pair, axis=1) for pair in zip(text_qkv, image_qkv, strict=True)]
-        mixed = ATTENTION[self.attention](*joined, geometry.mask)
+        mixed = ATTENTION[self.attention](*joined, geometry.mask, self.unseen)
         image_BND = self.image.finish(image_BND, mixed[:, length:], image_modulation)
         if self.last:
             return image_BND, None

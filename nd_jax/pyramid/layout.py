@@ -79,6 +79,11 @@ class TokenLayout:
         """M, tokens of the current clip: the last ones."""
         return clip_tokens(self.clips[-1], self.patch_size)
 
+    @property
+    def current_unseen(self) -> bool:
+        """Whether (4) hides the current clip from text and history, as it does once there is a history."""
+        return len(self.clips) > 1
+
     def groups(self, text_mask: Any) -> Any:
         """Equation 3: text mask [B, T], 1 for valid -> int32 [B, T + N]. Takes numpy or JAX arrays and gives the same.
 

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from nd_jax.data.registry import TOKENIZER_FOLDER, tokenizer_folder
+from nd_jax.data.registry import tokenizer_folders
 from nd_jax.distill.registry import build_method
 from nd_jax.train.checkpoint import load_params
 from nd_jax.weights.folder import Component
@@ -32,5 +32,5 @@ def load_deployed(workdir: Path, step: int | None = None, ema: bool = True) -> D
     params, meta, step = load_params(workdir, step, ema)
     deployed = build_method(meta["config"]).deploy(params)
     components = {name: Component(network, config, tree) for name, (network, config, tree) in deployed.items()}
-    tokenizer = tokenizer_folder(meta["config"], workdir)
-    return Deployed(components, {TOKENIZER_FOLDER: tokenizer} if tokenizer.exists() else {}, step)
+    tokenizers = {name: path for name, path in tokenizer_folders(meta["config"], workdir).items() if path.exists()}
+    return Deployed(components, tokenizers, step)

@@ -1,0 +1,126 @@
+"""Measures of a model folder.
+
+    python -m experiments.evaluate toy-world --model DIR --output DIR [--clips 200] [--seed 1000]
+
+toy-world   makes a clip for every caption of a toy world that training never saw and reads colour, shape, direction and
+            speed back (nd_jax/data/toy_checker.py): accuracy with 95 % intervals beside chance, a Frechet distance to
+            drawn clips, and a picture of the first ones. For models that were trained on the toy world.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nd_jax.errors import UserError, run_command
+
+RESULT, STRIPS = "toy_world.json", "strips.png"
+# Clips in the picture, and frames of each.
+SHOWN, SHOWN_FRAMES = 12, 5
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.evaluate", description="Measure a model folder.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    toy = commands.add_parser(
+        "toy-world",
+        help="do generated clips show what their captions say?",
+        description="Generate clips of toy captions and read them back.",
+        allow_abbrev=False,
+    )
+    add = toy.add_argument
+    add("--model", required=True, type=Path, metavar="DIR", help="model folder in the released layout")
+    add("--output", required=True, type=Path, metavar="DIR", help=f"{RESULT}, {STRIPS} and clip-*.mp4 go here")
+    add("--clips", type=int, default=200, metavar="N", help="how many (default 200)")
+    add("--seed", type=int, default=1000, help="of captions and noise (default 1000)")
+    add("--batch", type=int, default=50, metavar="N", help="clips at once (default 50)")
+    return parser.parse_args(argv)
+
+
+def toy_world(args: argparse.Namespace) -> dict[str, Any]:
+    """Generates, reads and writes; returns what `toy_world.json` holds."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from nd_jax.data.toy_checker import accuracy
+    from nd_jax.data.toy_features import features, frechet_distance
+    from nd_jax.data.toy_prompts import ATTRIBUTES, COLOURS, DIRECTIONS, SHAPES, SPEEDS
+    from nd_jax.data.toy_world import ToyWorld
+    from nd_jax.files import write_text
+    from nd_jax.generate import pipeline
+    from nd_jax.generate.model_folder import open_model
+    from nd_jax.generate.videos import write_video
+
+    if args.clips < 2:
+        raise UserError(f"--clips is {args.clips}: use 2 or more")
+    begin = time.perf_counter()
+    model = open_model(args.model, mode="monolithic")
+    settings, sampler = model.settings, model.sampler()
+    world = ToyWorld(args.clips, args.seed, settings.video_frames, settings.height, settings.width)
+    captions = [world[k]["caption"] for k in range(args.clips)]
+    timings = pipeline.Timings()
+    text = pipeline.encode_prompts(model, [*captions, settings.negative_prompt], jnp.float32, timings)
+    prompts, negative = (jax.tree.map(lambda x, part=part: x[part], text) for part in (slice(-1), slice(-1, None)))
+    batches = pipeline.sample_latents(
+        model, prompts, range(args.clips), args.seed, negative, None, args.batch, jnp.float32, None, timings
+    )
+    decode = pipeline.video_decoder(model, jnp.float32, timings)
+    videos = [np.stack(list(decode(latents))) for batch in batches for latents in batch]
+
+    choices = dict(zip(ATTRIBUTES, (COLOURS, SHAPES, DIRECTIONS, SPEEDS), strict=True))
+    chance = {name: 1 / len(words) for name, words in choices.items()}
+    drawn = np.stack([features(world[k]["video"]) for k in range(args.clips)])
+    result = {
+        "model": str(args.model),
+        "clips": args.clips,
+        "seed": args.seed,
+        "sampler": {name: getattr(sampler, name) for name in ("first_steps", "steps", "first_guidance", "guidance")},
+        "function_evaluations": sampler.function_evaluations,
+        "accuracy": accuracy(videos, captions),
+        "chance": chance | {"all": float(np.prod(list(chance.values())))},
+        "frechet_distance": frechet_distance(np.stack([features(video) for video in videos]), drawn),
+        **timings.summary(),
+        "seconds_total": round(time.perf_counter() - begin, 1),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    for k, video in enumerate(videos[:SHOWN]):
+        write_video(args.output / f"clip-{k:02d}.mp4", video, settings.frame_rate)
+    _write_strips(args.output / STRIPS, videos[:SHOWN])
+    result["shown"] = captions[:SHOWN]
+    write_text(args.output / RESULT, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _write_strips(path: Path, videos: Sequence[Any]) -> None:
+    """One row per clip, evenly spaced frames from left to right."""
+    import numpy as np
+    from PIL import Image
+
+    from nd_jax.files import replacing
+
+    frames = np.linspace(0, len(videos[0]) - 1, SHOWN_FRAMES).round().astype(int)
+    picture = np.concatenate([np.concatenate(list(video[frames]), axis=1) for video in videos])
+    with replacing(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status; raises UserError."""
+    args = parse(argv)
+    result = toy_world(args)
+    rates = ", ".join(
+        f"{name} {entry['rate']:.1%} (chance {result['chance'][name]:.1%})"
+        for name, entry in result["accuracy"].items()
+    )
+    print(f"{args.clips} clips: {rates}: {args.output / RESULT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

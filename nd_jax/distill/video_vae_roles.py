@@ -1,0 +1,61 @@
+"""The video VAE of `video_vae` from config values: random, or read from a model folder."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nd_jax.distill import video_vae as method
+from nd_jax.distill.base import Distillation, Role
+from nd_jax.errors import UserError
+from nd_jax.models.video_vae import LOGICAL_AXES, CausalVideoVAEConfig
+from nd_jax.weights.folder import component_hash, load_component, read_config
+from nd_jax.weights.vae import CAUSAL_VIDEO_VAE
+
+
+def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the sizes of the folder that it names filled in.
+
+    Raises:
+      UserError: the folder is not what it should be.
+    """
+    model = dict(config["model"])
+    if model["folder"]:
+        network, read, _ = read_config(Path(model["folder"]))
+        if network is not CAUSAL_VIDEO_VAE:
+            raise UserError(f"{model['folder']} holds a {network.name}, but {CAUSAL_VIDEO_VAE.name} is needed there")
+        model["vae"] = dataclasses.asdict(read)
+    return dict(config) | {"model": model}
+
+
+def video_vae_from_config(config: Mapping[str, Any]) -> Distillation:
+    """The method of a resolved config. Reads no weights before the role is loaded.
+
+    Raises:
+      UserError: sizes that do not fit together, or a bad weight of the loss.
+    """
+    try:
+        vae = CausalVideoVAEConfig(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in config["model"]["vae"].items()}
+        )
+        loss = method.VideoVAELoss(**config["loss"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config: {error}") from error
+    return method.video_vae_training(vae, loss, _role(config, vae), jnp.dtype(config["dtype"]), config["remat"])
+
+
+def _role(config: Mapping[str, Any], vae: CausalVideoVAEConfig) -> Role:
+    seed, folder = config["seed"], config["model"]["folder"]
+    init = lambda: method.init_vae(jax.random.key(seed), vae, config["model"]["initial_logvar"])
+    common = dict(abstract=jax.eval_shape(init), logical_axes=LOGICAL_AXES)
+    if not folder:
+        identity = json.dumps([config["model"], seed], sort_keys=True, default=list)
+        sha256 = lambda: hashlib.sha256(identity.encode()).hexdigest()
+        return Role(source=f"random, seed {seed}", sha256=sha256, init=init, **common)
+    load = lambda: load_component(Path(folder), CAUSAL_VIDEO_VAE, "float32").params
+    return Role(source=folder, sha256=lambda: component_hash(Path(folder)), load=load, **common)
