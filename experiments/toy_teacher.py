@@ -82,6 +82,7 @@ def stages(walk: Walk) -> Stages:
         ]
         size += ["--frame-rate", GENERATION["frame_rate"]]
         vae_source = [f"--config.data.videos={walk.videos}", f"--config.data.captions={walk.captions}"]
+        vae_source += ["--config.data.toy_clips=0", f"--config.data.frame_rate={GENERATION['frame_rate']}"]
     train = lambda config, folder, *given: python(
         "experiments.train", "--config", config, "--workdir", work / folder, f"--config.seed={walk.seed}", *given
     )
@@ -90,11 +91,24 @@ def stages(walk: Walk) -> Stages:
         TEACHER_CONFIG, folder, f"--config.data.latents={work / 'latents'}", *walk.train, *given
     )
     prepare = python("experiments.prepare", *source, *size, "--model", work / "vae_model", "--update-normalization")
+    from_frames = f"--config.model.folder={work / 'frames_model' / 'causal_video_vae'}"
     walked = {
+        "frames": Stage(
+            "train the video VAE on single frames",
+            read("frames", "result.json"),
+            train(VAE_CONFIG + "-frames", "frames", *vae_source, *walk.train_vae),
+            "frames",
+        ),
+        "frames_export": Stage(
+            "write its folder",
+            lambda: _sizes(work / "frames_model"),
+            export("frames", work / "frames_model"),
+            "frames_model",
+        ),
         "vae": Stage(
-            "train the video VAE",
+            "train it on clips",
             read("vae", "result.json"),
-            train(VAE_CONFIG, "vae", *vae_source, *walk.train_vae),
+            train(VAE_CONFIG, "vae", from_frames, *vae_source, *walk.train_vae),
             "vae",
         ),
         "vae_export": Stage(
@@ -192,8 +206,8 @@ def report(walk: Walk) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    names = ("vae", "vae_export", "latents", "teacher", "export", "clips", "untrained_model", "untrained", "wrong")
-    names += ("wrong_export", "wrong_clips", "report")
+    names = ("frames", "frames_export", "vae", "vae_export", "latents", "teacher", "export", "clips")
+    names += ("untrained_model", "untrained", "wrong", "wrong_export", "wrong_clips", "report")
     parser = argparse.ArgumentParser(
         prog="python -m experiments.toy_teacher",
         description="Train the toy teacher: video VAE -> latents -> transformer -> model folder -> measured clips.",

@@ -64,7 +64,7 @@ def write_toy_teacher_report(path: Path, workdir: Path, seed: int, notes: Notes)
     vae, teacher = notes["vae"]["result"], notes["teacher"]["result"]
     sizes = notes["export"]["result"]
     summary: dict[str, Any] = {
-        "VAE, held-out PSNR": f"{vae['eval/psnr']:.1f} dB",
+        "VAE, held-out PSNR": f"{vae['eval/psnr_db']:.1f} dB",
         "Velocity error": f"{teacher['eval/velocity_error']:.3f}",
         "Weights": f"{sum(sizes.values()) / 1e6:.1f} MB",
         "Total time": f"{sum(note['seconds'] for note in notes.values()) / 60:.0f} min",
@@ -142,9 +142,11 @@ def _training(workdir: Path, seed: int, notes: Notes) -> list[Block]:
 
 
 def _vae(workdir: Path) -> list[Block]:
+    runs = {"frames": "single frames", "vae": "clips"}
+    series = lambda key: [_series(workdir / run, key, label) for run, label in runs.items()]
     return [
-        LinePlot("Reconstruction, held-out clips", "step", "PSNR, dB", [_series(workdir / "vae", "eval/psnr", "PSNR")]),
-        LinePlot("Loss", "step", "loss", [_series(workdir / "vae", "train/loss", "loss")], log_y=True),
+        LinePlot("Reconstruction, held-out clips", "step", "PSNR, dB", series("eval/psnr_db")),
+        LinePlot("Loss", "step", "loss", series("train/loss"), log_y=True),
     ]
 
 
@@ -178,7 +180,7 @@ minutes on 2 CPU cores, of them {spent}.
 {_markdown(accuracy_headers(notes), accuracy_rows(notes))}
 
 Captions of seed {result["seed"]}; {result["function_evaluations"]} evaluations of the transformer a clip, with 95 %
-intervals. VAE: {notes["vae"]["result"]["eval/psnr"]:.1f} dB on held-out clips.
+intervals. VAE: {notes["vae"]["result"]["eval/psnr_db"]:.1f} dB on held-out clips.
 
 {_markdown(["component", "MB"], [[name, f"{size / 1e6:.2f}"] for name, size in sizes.items()])}
 """

@@ -20,7 +20,7 @@ CLIP = {
     "projection_dim": 8,
 }
 MODEL = {
-    "mmdit.num_layers": 3,
+    "mmdit.num_layers": 2,
     "mmdit.attention_head_dim": 4,
     "mmdit.num_attention_heads": 4,
     "mmdit.joint_attention_dim": 16,
@@ -36,6 +36,7 @@ OVERRIDES = {
     "eval_every": 4,
     "checkpoint.every": 2,
     "ema_decay": 0.9,
+    "attention": "xla",
     "optimizer.warmup_steps": 1,
     **{f"model.{k}": v for k, v in MODEL.items()},
 }

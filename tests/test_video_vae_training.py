@@ -17,7 +17,7 @@ from nd_jax.data.registry import build_data
 from nd_jax.distill import video_vae
 from nd_jax.distill.registry import build_method, resolve_config
 from nd_jax.errors import UserError
-from nd_jax.models.video_vae import Posterior
+from nd_jax.models.video_vae import CausalVideoVAE, CausalVideoVAEConfig, Posterior
 from nd_jax.train.deployed import load_deployed
 from nd_jax.train.metrics import read_metrics
 from nd_jax.weights.folder import load_component
@@ -136,6 +136,7 @@ def test_branches_start_closed_and_posteriors_as_narrow_as_told():
     np.testing.assert_array_equal(narrow["quant_conv/bias"], [0.0] * 4 + [-5.0] * 4)
     silent = {path for path, x in wide.items() if path.endswith("kernel") and not np.any(x)}
     assert silent and all("conv2" in path or "attention/out" in path for path in silent)
+    assert not any(np.any(x[:-1]) for x in wide.values() if x.ndim == 5)
 
 
 def test_every_parameter_learns_and_the_key_decides_the_sample(method, params):
@@ -192,9 +193,25 @@ def test_what_was_trained_is_in_the_model_folder(workdir):
     assert read.config == component.config and read.config.encoder_out_channels == 4
     jax.tree.map(np.testing.assert_array_equal, read.params, component.params)
     # And training goes on from there, with the sizes of the folder.
-    config = tiny_config(**{"model.folder": str(folder / "causal_video_vae"), "model.vae.encoder_out_channels": 8})
+    given = {"model.folder": str(folder / "causal_video_vae"), "model.vae.encoder_out_channels": 8}
+    config = tiny_config(**given, **{"model.inflate": False})
     assert config["model"]["vae"]["encoder_out_channels"] == 4
     jax.tree.map(np.testing.assert_array_equal, build_method(config).roles["vae"].load(), component.params)
+    inflated = build_method(tiny_config(**given)).roles["vae"].load()
+    jax.tree.map(np.testing.assert_array_equal, inflated, jax.device_get(video_vae.inflate(component.params)))
+
+
+def test_inflation_keeps_single_frames_and_repeats_them(method, params):
+    """With kernels that see the present alone, a still clip is then reconstructed as its frame is."""
+    nudge = lambda path, x: x if path[-1].key == "kernel" and x.ndim == 5 else x + 0.1
+    inflated = video_vae.inflate(jax.tree_util.tree_map_with_path(nudge, params))
+    vae = CausalVideoVAE(CausalVideoVAEConfig(**tiny_config()["model"]["vae"]))
+    reconstruct = jax.jit(lambda video: vae.apply({"params": inflated}, video))
+    frame = jnp.asarray(clips(1, 1, 16, 16, 3))
+    single = reconstruct(frame)
+    still = reconstruct(jnp.repeat(frame, 9, axis=1))
+    assert float(jnp.std(single)) > 0.01
+    np.testing.assert_allclose(still, jnp.repeat(single, 9, axis=1), atol=1e-5)
 
 
 def test_full_config_has_the_published_sizes():

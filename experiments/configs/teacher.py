@@ -113,6 +113,7 @@ def _tiny(config: ConfigDict) -> ConfigDict:
             },
         }
     )
+    config.attention = "cached"
     config.ema_decay = 0.995
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 200

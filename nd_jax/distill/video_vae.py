@@ -16,6 +16,7 @@ Public trainings weigh sums over a clip: their `kl_weight` 1e-6 is beta = 1e-6 *
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
@@ -172,9 +173,8 @@ def video_vae_training(
 def init_vae(key: jax.Array, config: CausalVideoVAEConfig, initial_logvar: float = 0.0) -> Params:
     """Random parameters in float32 (traceable).
 
-    The last layers of residual branches start at zero, so that at first both halves are short chains of convolutions.
-    With open branches a video's brightness and colour are small beside what the norms make of random kernels, and for
-    hundreds of steps the reconstruction stays one grey for all videos.
+    Residual branches start closed and kernels see no frame but the present one, so that at first both halves are short
+    chains of 2D convolutions, in which a video's colours are not small beside what the norms make of random kernels.
 
     Args:
       key: of the kernels.
@@ -183,8 +183,25 @@ def init_vae(key: jax.Array, config: CausalVideoVAEConfig, initial_logvar: float
         the untrained means hides them from the decoder, and a strong KL term then has nothing to work against.
     """
     video = jnp.zeros((1, config.time_factor + 1, config.space_factor, config.space_factor, config.encoder_in_channels))
-    params = CausalVideoVAE(config).init(key, video)["params"]
+    flat = traverse_util.flatten_dict(CausalVideoVAE(config).init(key, video)["params"], sep="/")
+    for path, x in flat.items():
+        if path.endswith(BRANCH_ENDS):
+            flat[path] = jnp.zeros_like(x)
+        elif x.ndim == 5:  # A convolution's kernel, whose last time step is the present.
+            flat[path] = x.at[:-1].set(0)
+    flat["quant_conv/bias"] = flat["quant_conv/bias"].at[config.encoder_out_channels :].add(initial_logvar)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def inflate(params: Params) -> Params:
+    """A VAE that was trained on clips of one frame, as a start for longer ones.
+
+    The first frame of a clip is the later one of the pair that a temporal upsampling makes, so single frames train the
+    channels of that one alone; here the earlier one gets the same.
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
-    closed = {path: jnp.zeros_like(x) for path, x in flat.items() if path.endswith(BRANCH_ENDS)}
-    bias = flat["quant_conv/bias"].at[config.encoder_out_channels :].add(initial_logvar)
-    return traverse_util.unflatten_dict(flat | closed | {"quant_conv/bias": bias}, sep="/")
+    for path, x in flat.items():
+        if re.search(r"decoder/up_\d+_time/conv/", path):
+            later = x.reshape(*x.shape[:-1], -1, 2)[..., 1:]  # Channels in the order (c, time).
+            flat[path] = jnp.broadcast_to(later, (*later.shape[:-1], 2)).reshape(x.shape)
+    return traverse_util.unflatten_dict(flat, sep="/")

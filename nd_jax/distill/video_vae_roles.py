@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from nd_jax.distill import video_vae as method
-from nd_jax.distill.base import Distillation, Role
+from nd_jax.distill.base import Distillation, Params, Role
 from nd_jax.errors import UserError
 from nd_jax.models.video_vae import LOGICAL_AXES, CausalVideoVAEConfig
 from nd_jax.weights.folder import component_hash, load_component, read_config
@@ -57,5 +57,9 @@ def _role(config: Mapping[str, Any], vae: CausalVideoVAEConfig) -> Role:
         identity = json.dumps([config["model"], seed], sort_keys=True, default=list)
         sha256 = lambda: hashlib.sha256(identity.encode()).hexdigest()
         return Role(source=f"random, seed {seed}", sha256=sha256, init=init, **common)
-    load = lambda: load_component(Path(folder), CAUSAL_VIDEO_VAE, "float32").params
+
+    def load() -> Params:
+        params = load_component(Path(folder), CAUSAL_VIDEO_VAE, "float32").params
+        return jax.device_get(method.inflate(params)) if config["model"]["inflate"] else params
+
     return Role(source=folder, sha256=lambda: component_hash(Path(folder)), load=load, **common)

@@ -28,6 +28,7 @@ from nd_jax.errors import UserError
 from nd_jax.generate.model_folder import ModelFolder
 from nd_jax.generate.sampler import StageEnd, draw_noise, prompt_keys, rollout
 from nd_jax.generate.videos import to_uint8
+from nd_jax.models.attention import default_attention
 from nd_jax.models.mmdit import LOGICAL_AXES, PyramidMMDiT
 from nd_jax.models.text_conditioning import Conditioning, encode_text
 from nd_jax.models.video_chunks import decode_chunks, stream
@@ -207,7 +208,7 @@ def sample_latents(
     """
     timings = timings or Timings()
     config, channels = model.sampler(), model.transformer.in_channels
-    transformer = PyramidMMDiT(model.transformer, dtype=dtype, param_dtype=dtype)
+    transformer = PyramidMMDiT(model.transformer, dtype=dtype, param_dtype=dtype, attention=default_attention())
     shardings = None
     if mesh is not None:
         shardings = param_shardings(abstract_params(model.transformer_network, model.transformer), LOGICAL_AXES, mesh)

@@ -146,6 +146,7 @@ def run_stage(
             jnp.full((rows,), timestep),
             geometry,
             units.output_tokens,
+            current_unseen=not first,
         )
         velocity = units.unpack(out.velocity)
         if guidance is not None:  # equation 4
