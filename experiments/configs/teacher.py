@@ -18,55 +18,38 @@ The objective's `coupling` "independent" is the wrong one, for comparison; see n
 
 from ml_collections import ConfigDict
 
+from experiments.configs.common import base_config, choose_variant
+
 
 def get_config(variant: str = "tiny") -> ConfigDict:
     """Config of a variant: "tiny" or "full"."""
-    variants = {"tiny": _tiny, "full": _full}
-    if variant not in variants:
-        from nd_jax.errors import UserError
-
-        raise UserError(f"teacher.py has no variant {variant!r}: use tiny or full")
-    return variants[variant](_base())
+    return choose_variant("teacher.py", variant, {"tiny": _tiny, "full": _full})
 
 
 def _base() -> ConfigDict:
-    return ConfigDict(
-        {
-            "method": "teacher",
-            "unit": "rows",
-            "seed": 0,
-            "dtype": "float32",
-            "remat": "none",
-            "attention": "xla",
-            "microbatches": 1,
-            "ema_decay": 0.9999,
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-            "objective": {"stage_ratios": (1, 1, 1), "corruption_ratio": 1 / 3, "coupling": "shared"},
-            "optimizer": {
-                "name": "adamw",
-                "learning_rate": 1e-4,
-                "warmup_steps": 1000,
-                "decay": "cosine",
-                "beta1": 0.9,
-                "beta2": 0.95,
-                "epsilon": 1e-8,
-                "weight_decay": 1e-4,
-                "clip_norm": 1.0,
-            },
-            "data": {
-                "latents": "",
-                "tokenizers": "",
-                "tokenizer_vocab": 128,
-                "max_length": 128,
-                "clip_max_length": 77,
-                "eval_fraction": 0.01,
-                "caption_dropout": 0.1,
-            },
-        }
+    config = base_config(
+        "teacher",
+        "rows",
+        remat="none",
+        attention="xla",
+        objective={"stage_ratios": (1, 1, 1), "corruption_ratio": 1 / 3, "coupling": "shared"},
+        data={
+            "latents": "",
+            "tokenizers": "",
+            "tokenizer_vocab": 128,
+            "max_length": 128,
+            "clip_max_length": 77,
+            "eval_fraction": 0.01,
+            "caption_dropout": 0.1,
+        },
     )
+    config.ema_decay = 0.9999
+    config.optimizer.weight_decay = 1e-4
+    return config
 
 
-def _tiny(config: ConfigDict) -> ConfigDict:
+def _tiny() -> ConfigDict:
+    config = _base()
     clip = {
         "vocab_size": 128,
         "hidden_size": 32,
@@ -123,7 +106,8 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _full(config: ConfigDict) -> ConfigDict:
+def _full() -> ConfigDict:
+    config = _base()
     clip_l = {
         "vocab_size": 49408,
         "hidden_size": 768,

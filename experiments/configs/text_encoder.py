@@ -17,62 +17,44 @@ Modes (`loss.mode`): RM (deployed), EM, TDT5, LoRA; see nd_jax/distill/text_enco
 
 from ml_collections import ConfigDict
 
+from experiments.configs.common import base_config, choose_variant
+
 
 def get_config(variant: str = "tiny") -> ConfigDict:
     """Config of a variant: "tiny" or "full"."""
-    variants = {"tiny": _tiny, "full": _full}
-    if variant not in variants:
-        from nd_jax.errors import UserError
-
-        raise UserError(f"text_encoder.py has no variant {variant!r}: use tiny or full")
-    return variants[variant](_base())
+    return choose_variant("text_encoder.py", variant, {"tiny": _tiny, "full": _full})
 
 
 def _base() -> ConfigDict:
-    return ConfigDict(
-        {
-            "method": "text_encoder",
-            "unit": "prompts",
-            "seed": 0,
-            "dtype": "float32",
-            "remat": False,
-            "microbatches": 1,
-            "ema_decay": 0.0,
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-            "loss": {
-                "mode": "RM",
-                "mse_weight": 1.0,
-                "cosine_weight": 0.1,
-                "mse_reduction": "mean",
-                "lora_rank": 16,
-                "lora_alpha": 16.0,
-            },
-            "optimizer": {
-                "name": "adamw",
-                "learning_rate": 1e-4,
-                "warmup_steps": 1000,
-                "decay": "cosine",
-                "beta1": 0.9,
-                "beta2": 0.999,
-                "epsilon": 1e-8,
-                "weight_decay": 0.0,
-                "clip_norm": 1.0,
-            },
-            "data": {
-                "prompts": "",
-                "prompt_key": "prompt",
-                "tokenizer": "",
-                "tokenizer_vocab": 32128,
-                "max_length": 128,
-                "eval_fraction": 0.001,
-                "caption_dropout": 0.0,
-                "skip_bad": False,
-            },
-        }
+    config = base_config(
+        "text_encoder",
+        "prompts",
+        remat=False,
+        loss={
+            "mode": "RM",
+            "mse_weight": 1.0,
+            "cosine_weight": 0.1,
+            "mse_reduction": "mean",
+            "lora_rank": 16,
+            "lora_alpha": 16.0,
+        },
+        data={
+            "prompts": "",
+            "prompt_key": "prompt",
+            "tokenizer": "",
+            "tokenizer_vocab": 32128,
+            "max_length": 128,
+            "eval_fraction": 0.001,
+            "caption_dropout": 0.0,
+            "skip_bad": False,
+        },
     )
+    config.optimizer.beta2 = 0.999
+    return config
 
 
-def _tiny(config: ConfigDict) -> ConfigDict:
+def _tiny() -> ConfigDict:
+    config = _base()
     width = 64
     encoder = {"vocab_size": 256, "d_model": width, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
     config.update(
@@ -110,7 +92,8 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _full(config: ConfigDict) -> ConfigDict:
+def _full() -> ConfigDict:
+    config = _base()
     config.update(
         {
             "num_steps": 20_000,

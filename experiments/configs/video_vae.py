@@ -23,62 +23,43 @@ measures them and writes them into the model folder.
 
 from ml_collections import ConfigDict
 
+from experiments.configs.common import base_config, choose_variant
+
 
 def get_config(variant: str = "tiny") -> ConfigDict:
     """Config of a variant: "tiny-frames", "tiny" or "full"."""
     variants = {"tiny-frames": _tiny_frames, "tiny": _tiny, "full": _full}
-    if variant not in variants:
-        from nd_jax.errors import UserError
-
-        raise UserError(f"video_vae.py has no variant {variant!r}: use tiny-frames, tiny or full")
-    return variants[variant](_base())
+    return choose_variant("video_vae.py", variant, variants)
 
 
 def _base() -> ConfigDict:
-    return ConfigDict(
-        {
-            "method": "video_vae",
-            "unit": "clips",
-            "seed": 0,
-            "dtype": "float32",
-            "remat": False,
-            "microbatches": 1,
-            "ema_decay": 0.0,
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-            "loss": {
-                "l1_weight": 1.0,
-                "mse_weight": 0.0,
-                "gradient_weight": 0.0,
-                "gradient_scales": 3,
-                "kl_weight": 1e-6,
-            },
-            "optimizer": {
-                "name": "adamw",
-                "learning_rate": 1e-4,
-                "warmup_steps": 1000,
-                "decay": "cosine",
-                "beta1": 0.9,
-                "beta2": 0.99,
-                "epsilon": 1e-8,
-                "weight_decay": 0.0,
-                "clip_norm": 1.0,
-            },
-            "data": {
-                # The toy world of this many clips, or else a folder of videos.
-                "toy_clips": 0,
-                "videos": "",
-                "captions": "",
-                "clips_per_video": 0,
-                "frame_rate": 24.0,
-                "video_frames": 49,
-                "height": 320,
-                "width": 512,
-                # Random cut-outs; 0 is the whole side.
-                "crop": {"video_frames": 0, "height": 0, "width": 0},
-                "eval_crop": {"video_frames": 0, "height": 0, "width": 0},
-                "eval_fraction": 0.01,
-            },
-        }
+    whole = {"video_frames": 0, "height": 0, "width": 0}
+    return base_config(
+        "video_vae",
+        "clips",
+        remat=False,
+        loss={
+            "l1_weight": 1.0,
+            "mse_weight": 0.0,
+            "gradient_weight": 0.0,
+            "gradient_scales": 3,
+            "kl_weight": 1e-6,
+        },
+        data={
+            # The toy world of this many clips, or else a folder of videos.
+            "toy_clips": 0,
+            "videos": "",
+            "captions": "",
+            "clips_per_video": 0,
+            "frame_rate": 24.0,
+            "video_frames": 49,
+            "height": 320,
+            "width": 512,
+            # Random cut-outs; 0 is the whole side.
+            "crop": dict(whole),
+            "eval_crop": dict(whole),
+            "eval_fraction": 0.01,
+        },
     )
 
 
@@ -104,7 +85,8 @@ def _sizes(widths: tuple, encoder_layers: tuple, decoder_layers: tuple, groups: 
     }
 
 
-def _tiny(config: ConfigDict) -> ConfigDict:
+def _tiny() -> ConfigDict:
+    config = _base()
     config.update(
         {
             "num_steps": 1200,
@@ -133,8 +115,8 @@ def _tiny(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _tiny_frames(config: ConfigDict) -> ConfigDict:
-    config = _tiny(config)
+def _tiny_frames() -> ConfigDict:
+    config = _tiny()
     config.num_steps = 2000
     config.batch_size = 16
     config.optimizer.learning_rate = 4e-3
@@ -143,7 +125,8 @@ def _tiny_frames(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _full(config: ConfigDict) -> ConfigDict:
+def _full() -> ConfigDict:
+    config = _base()
     config.update(
         {
             "num_steps": 100_000,
