@@ -154,6 +154,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     suites = "\n".join(f"  {name:12} {what}" for name, (what, _) in SUITES.items())
     parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark",
         description="Time layers of nd_jax and of their PyTorch counterparts in turn; print and write the ratios.",
         epilog=f"suites:\n{suites}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

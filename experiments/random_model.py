@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the model folder")
     parser.add_argument("--size", choices=SIZES, default="full", help="full is 5.5 GB on disk (default full)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     args = parser.parse_args(argv)
     counts = write_random_model(args.output, args.size, args.seed)
     summary = {"size": args.size, "seed": args.seed, "parameters": counts, "total": sum(counts.values())}

@@ -51,8 +51,9 @@ def python(module: str, *args: Any) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     """--only and --from."""
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--only", choices=names, help="run this stage alone, again if it was done")
-    chosen.add_argument("--from", dest="start", choices=names, help="run this stage and all after it again")
+    say = lambda what: dict(choices=names, metavar="STAGE", help=what)
+    chosen.add_argument("--only", **say(f"run this stage alone, again if it was done; stages: {', '.join(names)}"))
+    chosen.add_argument("--from", dest="start", **say("run this stage and all after it again"))
 
 
 def run_stages(workdir: Path, stages: Stages, only: str | None = None, start: str | None = None) -> None:
