@@ -22,7 +22,7 @@ def start_command(workdir, config, given, devices):
 
 def finish(*processes):
     """Waits for the processes; their output when one of them failed."""
-    outputs = [p.communicate(timeout=240)[0] for p in processes]
+    outputs = [p.communicate(timeout=600)[0] for p in processes]
     assert [p.returncode for p in processes] == [0] * len(processes), "\n".join(outputs)
     return outputs
 
@@ -41,7 +41,7 @@ def assert_close(got, want):
 def kill_after(process, workdir, lines, delay):
     """SIGKILL once the run has logged so many lines, plus a delay in seconds."""
     path = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and len(path.read_bytes().splitlines()) >= lines:
             break
