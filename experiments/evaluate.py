@@ -61,6 +61,10 @@ def toy_world(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(f"--clips is {args.clips}: use 2 or more")
     begin = time.perf_counter()
     model = open_model(args.model, mode="monolithic")
+    try:  # Before the work, not behind it.
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{args.output}: cannot be created ({error.strerror}); choose another --output") from error
     settings, sampler = model.settings, model.sampler()
     world = ToyWorld(args.clips, args.seed, settings.video_frames, settings.height, settings.width)
     captions = [world[k]["caption"] for k in range(args.clips)]
@@ -88,7 +92,6 @@ def toy_world(args: argparse.Namespace) -> dict[str, Any]:
         **timings.summary(),
         "seconds_total": round(time.perf_counter() - begin, 1),
     }
-    args.output.mkdir(parents=True, exist_ok=True)
     for k, video in enumerate(videos[:SHOWN]):
         write_video(args.output / f"clip-{k:02d}.mp4", video, settings.frame_rate)
     _write_strips(args.output / STRIPS, videos[:SHOWN])

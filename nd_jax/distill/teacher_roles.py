@@ -1,7 +1,6 @@
 """Denoiser and text networks of teacher training from config values: random, or read from a model folder."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 from nd_jax.data.latents import read_manifest
 from nd_jax.distill import teacher as method
 from nd_jax.distill.base import Distillation, Params, Role
+from nd_jax.distill.folders import folder_config, folders_hash, text_hash
 from nd_jax.distill.teacher import TEXT_NETWORKS, TRANSFORMER
 from nd_jax.errors import UserError
 from nd_jax.models import mmdit, t5, text_conditioning
@@ -20,7 +20,7 @@ from nd_jax.models.clip_text import CLIPTextConfig
 from nd_jax.pyramid.layout import VideoSize
 from nd_jax.pyramid.schedule import PyramidSchedule
 from nd_jax.weights import networks
-from nd_jax.weights.folder import component_hash, load_component, read_config
+from nd_jax.weights.folder import load_component
 from nd_jax.weights.mmdit import PYRAMID_FLOW_MMDIT
 
 LOGICAL_AXES = mmdit.LOGICAL_AXES + text_conditioning.LOGICAL_AXES
@@ -38,7 +38,7 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
     model["video"] = {"latent_frames": latent_frames, "height": height, "width": width}
     model["mmdit"] = {**model["mmdit"], "in_channels": channels}
     if model["transformer_folder"]:
-        read = _read(model["transformer_folder"], PYRAMID_FLOW_MMDIT)
+        read = folder_config(model["transformer_folder"], PYRAMID_FLOW_MMDIT)[1]
         if read.in_channels != channels:
             raise UserError(
                 f"{model['transformer_folder']} takes latents of {read.in_channels} channels and "
@@ -47,8 +47,8 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
         model["mmdit"] = {k: v for k, v in dataclasses.asdict(read).items() if k != "context_embedder"}
     if model["text_folder"]:
         for name in TEXT_NETWORKS:
-            network = networks.T5_ENCODER if name == "text_encoder_3" else networks.CLIP_TEXT
-            model[name] = dataclasses.asdict(_read(str(Path(model["text_folder"]) / name), network))
+            _, sizes = folder_config(Path(model["text_folder"]) / name, _network(name))
+            model[name] = dataclasses.asdict(sizes)
     return dict(config) | {"model": model}
 
 
@@ -112,7 +112,7 @@ def _role(config: Mapping[str, Any], folders: Mapping[str, Path], init, dtype: s
     common = dict(abstract=jax.eval_shape(init), logical_axes=LOGICAL_AXES, trainable=trainable)
     if not folders:
         identity = json.dumps([config["model"], config["seed"]], sort_keys=True, default=list)
-        return Role(source=f"random, seed {config['seed']}", sha256=lambda: _hash(identity), init=init, **common)
+        return Role(source=f"random, seed {config['seed']}", sha256=lambda: text_hash(identity), init=init, **common)
 
     def load() -> Params:
         params = {} if set(folders) >= set(common["abstract"]) else jax.device_get(jax.jit(init)())
@@ -121,22 +121,9 @@ def _role(config: Mapping[str, Any], folders: Mapping[str, Path], init, dtype: s
         return params
 
     source = ", ".join(str(folder) for folder in folders.values())
-    return Role(
-        source=source, sha256=lambda: _hash("".join(map(component_hash, folders.values()))), load=load, **common
-    )
+    return Role(source=source, sha256=lambda: folders_hash(folders.values()), load=load, **common)
 
 
 def _network(name: str) -> networks.Network:
     known = {TRANSFORMER: PYRAMID_FLOW_MMDIT, "text_encoder_3": networks.T5_ENCODER}
     return known.get(name, networks.CLIP_TEXT)
-
-
-def _read(folder: str, expected: networks.Network) -> Any:
-    network, config, _ = read_config(Path(folder))
-    if network is not expected:
-        raise UserError(f"{folder} holds a {network.name}, but {expected.name} is needed there")
-    return config
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

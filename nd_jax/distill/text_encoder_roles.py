@@ -1,7 +1,6 @@
 """Student and teacher of the text-encoder distillation from config values: random, or read from model folders."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,11 @@ import jax.numpy as jnp
 
 from nd_jax.distill import text_encoder as method
 from nd_jax.distill.base import Distillation, Params, Role
+from nd_jax.distill.folders import folder_config, folders_hash, text_hash
 from nd_jax.errors import UserError
 from nd_jax.models import context_adapter, t5
 from nd_jax.weights import networks
-from nd_jax.weights.folder import component_hash, load_component, read_config
+from nd_jax.weights.folder import load_component, read_config
 
 LOGICAL_AXES = t5.LOGICAL_AXES + context_adapter.LOGICAL_AXES
 
@@ -35,7 +35,7 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
             "give both folders, or neither for a random teacher"
         )
     if teacher["text_encoder"]:
-        _, encoder = _folder_config(teacher["text_encoder"], networks.T5_ENCODER)
+        _, encoder = folder_config(teacher["text_encoder"], networks.T5_ENCODER)
         embedder = _embedder_config(teacher["mmdit"])
         teacher |= {"encoder": dataclasses.asdict(encoder), "context_dim": embedder.caption_projection_dim}
         if embedder.joint_attention_dim != encoder.d_model:
@@ -44,13 +44,13 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"d_model {encoder.d_model}: give the text encoder that this denoiser was trained with"
             )
     if student["text_encoder_3"]:
-        network, read = _folder_config(student["text_encoder_3"], networks.DISTIL_T5, networks.T5_ENCODER)
+        network, read = folder_config(student["text_encoder_3"], networks.DISTIL_T5, networks.T5_ENCODER)
         if network is networks.DISTIL_T5:
             student |= {"encoder": dataclasses.asdict(read.encoder), "projection_dim": read.projection_dim}
         else:
             student["encoder"] = dataclasses.asdict(read)
     if student["context_adapter"]:
-        _, adapter = _folder_config(student["context_adapter"], networks.CONTEXT_ADAPTER)
+        _, adapter = folder_config(student["context_adapter"], networks.CONTEXT_ADAPTER)
         student["adapter"] = dataclasses.asdict(adapter)
     return dict(config) | {"teacher": teacher, "student": student}
 
@@ -92,14 +92,6 @@ def _models(config: Mapping[str, Any], mode: str) -> method.TextEncoderModels:
     )
 
 
-def _folder_config(folder: str, *allowed: networks.Network) -> tuple[networks.Network, Any]:
-    network, config, _ = read_config(Path(folder))
-    if network not in allowed:
-        names = " or ".join(n.name for n in allowed)
-        raise UserError(f"{folder} holds a {network.name}, but {names} is needed there")
-    return network, config
-
-
 def _embedder_config(folder: str) -> context_adapter.ContextEmbedderConfig:
     """Of a folder that holds the teacher's whole transformer; only this part of it has to be readable."""
     network = networks.CONTEXT_EMBEDDER
@@ -117,7 +109,7 @@ def _student(config: Mapping[str, Any], models: method.TextEncoderModels, loss: 
     common = dict(abstract=jax.eval_shape(init), logical_axes=LOGICAL_AXES)
     if not folders:
         sizes = json.dumps({k: v for k, v in config["student"].items()}, sort_keys=True, default=list)
-        return Role(source=f"random, seed {seed}", sha256=lambda: _text_hash(sizes + str(seed)), init=init, **common)
+        return Role(source=f"random, seed {seed}", sha256=lambda: text_hash(sizes + str(seed)), init=init, **common)
 
     def load() -> Params:
         # What no folder gives (an adapter from scratch, a projection behind flan-t5-base) starts random.
@@ -130,7 +122,7 @@ def _student(config: Mapping[str, Any], models: method.TextEncoderModels, loss: 
                 params[name] = component.params
         return params
 
-    return Role(source=", ".join(folders.values()), sha256=lambda: _folders_hash(folders), load=load, **common)
+    return Role(source=", ".join(folders.values()), sha256=lambda: folders_hash(folders.values()), load=load, **common)
 
 
 def _teacher(config: Mapping[str, Any], models: method.TextEncoderModels) -> Role:
@@ -141,7 +133,7 @@ def _teacher(config: Mapping[str, Any], models: method.TextEncoderModels) -> Rol
     folders = {k: teacher[k] for k in ("text_encoder", "mmdit") if teacher[k]}
     if not folders:
         sizes = json.dumps({k: v for k, v in teacher.items()}, sort_keys=True, default=list)
-        return Role(source=f"random, seed {seed}", sha256=lambda: _text_hash(sizes), init=init, **common)
+        return Role(source=f"random, seed {seed}", sha256=lambda: text_hash(sizes), init=init, **common)
 
     def load() -> Params:
         return {
@@ -149,12 +141,4 @@ def _teacher(config: Mapping[str, Any], models: method.TextEncoderModels) -> Rol
             "context_embedder": load_component(Path(folders["mmdit"]), networks.CONTEXT_EMBEDDER, dtype).params,
         }
 
-    return Role(source=", ".join(folders.values()), sha256=lambda: _folders_hash(folders), load=load, **common)
-
-
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _folders_hash(folders: Mapping[str, str]) -> str:
-    return _text_hash("".join(component_hash(Path(f)) for f in folders.values()))
+    return Role(source=", ".join(folders.values()), sha256=lambda: folders_hash(folders.values()), load=load, **common)

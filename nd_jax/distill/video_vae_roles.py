@@ -1,7 +1,6 @@
 """The video VAE of `video_vae` from config values: random, or read from a model folder."""
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +11,10 @@ import jax.numpy as jnp
 
 from nd_jax.distill import video_vae as method
 from nd_jax.distill.base import Distillation, Params, Role
+from nd_jax.distill.folders import folder_config, folders_hash, text_hash
 from nd_jax.errors import UserError
 from nd_jax.models.video_vae import LOGICAL_AXES, CausalVideoVAEConfig
-from nd_jax.weights.folder import component_hash, load_component, read_config
+from nd_jax.weights.folder import load_component
 from nd_jax.weights.vae import CAUSAL_VIDEO_VAE
 
 
@@ -26,9 +26,7 @@ def resolve_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = dict(config["model"])
     if model["folder"]:
-        network, read, _ = read_config(Path(model["folder"]))
-        if network is not CAUSAL_VIDEO_VAE:
-            raise UserError(f"{model['folder']} holds a {network.name}, but {CAUSAL_VIDEO_VAE.name} is needed there")
+        _, read = folder_config(model["folder"], CAUSAL_VIDEO_VAE)
         model["vae"] = dataclasses.asdict(read)
     return dict(config) | {"model": model}
 
@@ -55,11 +53,10 @@ def _role(config: Mapping[str, Any], vae: CausalVideoVAEConfig) -> Role:
     common = dict(abstract=jax.eval_shape(init), logical_axes=LOGICAL_AXES)
     if not folder:
         identity = json.dumps([config["model"], seed], sort_keys=True, default=list)
-        sha256 = lambda: hashlib.sha256(identity.encode()).hexdigest()
-        return Role(source=f"random, seed {seed}", sha256=sha256, init=init, **common)
+        return Role(source=f"random, seed {seed}", sha256=lambda: text_hash(identity), init=init, **common)
 
     def load() -> Params:
         params = load_component(Path(folder), CAUSAL_VIDEO_VAE, "float32").params
         return jax.device_get(method.inflate(params)) if config["model"]["inflate"] else params
 
-    return Role(source=folder, sha256=lambda: component_hash(Path(folder)), load=load, **common)
+    return Role(source=folder, sha256=lambda: folders_hash([folder]), load=load, **common)
