@@ -16,9 +16,10 @@ from tests.toy_method import ToyBatches, toy_config, toy_method
 AXES_1 = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-def run(axes, microbatches=1, num=6):
+def run(axes, microbatches=1, num=6, name="adamw"):
     """Losses and final parameters of a few steps."""
     config, method = toy_config(), toy_method()
+    config["optimizer"]["name"] = name
     devices = jax.devices()[: int(np.prod(list(axes.values())))]
     mesh = sharding.make_mesh(axes, devices)
     tx = {r: optimizer.make_optimizer(config["optimizer"], num) for r in ("student", "fake")}
@@ -44,10 +45,11 @@ def run(axes, microbatches=1, num=6):
         return np.array(losses), state
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_mesh_changes_nothing(axes):
-    losses, state = run(AXES_1)
-    sharded_losses, sharded = run(axes)
+def test_mesh_changes_nothing(axes, name):
+    losses, state = run(AXES_1, name=name)
+    sharded_losses, sharded = run(axes, name=name)
     np.testing.assert_allclose(sharded_losses, losses, rtol=2e-6)
     for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

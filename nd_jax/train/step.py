@@ -65,13 +65,16 @@ def state_shardings(abstract: TrainState, method: Distillation, optimizers: Opti
     """Shardings of a state: optimiser moments and averages lie where their parameters lie."""
     params = {n: param_shardings(p, method.roles[n].logical_axes, mesh) for n, p in abstract.params.items()}
     trainable = {n: partition(params[n], method.roles[n].trainable)[0] for n in params}
+    masked = lambda moment: isinstance(moment, optax.MaskedNode)
     opt_state = {
         name: optax.tree.map_params(
             optimizers[name],
-            lambda _, sharding: sharding,
+            # An optimiser may hold moments of some parameters only.
+            lambda moment, sharding: moment if masked(moment) else sharding,
             abstract.opt_state[name],
             trainable[name],
             transform_non_params=lambda _: replicated(mesh),
+            is_leaf=masked,
         )
         for name in params
     }
