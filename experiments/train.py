@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parse(argv)
     config = plain(load_config(args.config, overrides))
 
+    from nd_jax.train.allocator import keep_freed_memory
+
+    keep_freed_memory()
     start_processes(args)
     import jax
 
