@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nd_jax.report.curves import metric_series
 from nd_jax.report.html import BarPlot, Command, LinePlot, Section, Series, Table, Text, write_report
 from nd_jax.train.metrics import read_metrics
 
@@ -59,15 +60,8 @@ def write_quickstart_report(path: Path, workdir: Path, prompts: str, seed: int, 
     """One self-contained page."""
     train, hexagon, onnx = (stages[n]["result"] for n in ("train", "hexagon", "onnx"))
     parameters = stages["export"]["result"]["parameters"]
-    runs = {
-        label: read_metrics(workdir / name / "metrics.jsonl")
-        for name, label in (("train", "MSE + cosine"), ("ablation", "MSE alone"))
-    }
-
-    def curve(key: str, label: str) -> Series:
-        points = [(m["step"], m[key]) for m in runs[label] if key in m]
-        return Series(label, [x for x, _ in points], [y for _, y in points])
-
+    runs = {"MSE + cosine": workdir / "train", "MSE alone": workdir / "ablation"}
+    curve = lambda key, label: metric_series(runs[label], key, label)
     both = lambda key: [curve(key, label) for label in runs]
     teacher = curve("eval/collapse_teacher", "MSE + cosine")
     hop_rows = hops(stages, soc)

@@ -7,6 +7,7 @@ from typing import Any
 
 from nd_jax.data.latents import read_manifest
 from nd_jax.files import write_text
+from nd_jax.report.curves import metric_series
 from nd_jax.report.html import (
     BarPlot,
     Block,
@@ -14,13 +15,11 @@ from nd_jax.report.html import (
     Image,
     LinePlot,
     Section,
-    Series,
     Table,
     Text,
     Video,
     write_report,
 )
-from nd_jax.train.metrics import read_metrics
 
 Notes = Mapping[str, Mapping[str, Any]]
 ATTRIBUTES = ("colour", "shape", "direction", "speed", "all")
@@ -120,7 +119,9 @@ def _clips(workdir: Path, notes: Notes) -> list[Block]:
 def _training(workdir: Path, seed: int, notes: Notes) -> list[Block]:
     runs = {"teacher": "", "wrong": ", wrong objective"} if "wrong" in notes else {"teacher": ""}
     stage_series = lambda key: [
-        _series(workdir / run, key.format(i), f"stage {i}{label}") for run, label in runs.items() for i in range(3)
+        metric_series(workdir / run, key.format(i), f"stage {i}{label}")
+        for run, label in runs.items()
+        for i in range(3)
     ]
     config = json.loads((workdir / "teacher" / "config.json").read_text())
     model = config["model"]["mmdit"]
@@ -143,16 +144,11 @@ def _training(workdir: Path, seed: int, notes: Notes) -> list[Block]:
 
 def _vae(workdir: Path) -> list[Block]:
     runs = {"frames": "single frames", "vae": "clips"}
-    series = lambda key: [_series(workdir / run, key, label) for run, label in runs.items()]
+    series = lambda key: [metric_series(workdir / run, key, label) for run, label in runs.items()]
     return [
         LinePlot("Reconstruction, held-out clips", "step", "PSNR, dB", series("eval/psnr_db")),
         LinePlot("Loss", "step", "loss", series("train/loss"), log_y=True),
     ]
-
-
-def _series(run: Path, key: str, label: str) -> Series:
-    points = [(line["step"], line[key]) for line in read_metrics(run / "metrics.jsonl") if key in line]
-    return Series(label, [x for x, _ in points], [y for _, y in points])
 
 
 def write_model_card(path: Path, workdir: Path, seed: int, notes: Notes) -> None:
