@@ -8,6 +8,7 @@ writes GRAPH.onnx, its weights GRAPH.onnx.data, GRAPH.json (the report) and GRAP
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from converters import graphs, onnx_check, onnx_edit, onnx_lint, onnx_rewrite, tflite_route
+from converters import graphs, onnx_check, onnx_edit, onnx_lint, onnx_rewrite, qdq, tflite_route
 from converters.graphs import Graph, GraphOptions
 from converters.numerics import FP16_MAX
 from converters.output_files import replacing_files, write_json
 from converters.packages import need
 from converters.progress import stages
+from converters.samples import each_sample
 from nd_jax.errors import UserError, run_command
 from nd_jax.weights.table import flatten
 
@@ -39,6 +41,7 @@ def export_graph(
     keep_tflite: bool = False,
     allow_overflow: bool = False,
     seed: int = 0,
+    samples: str | Path | None = None,
 ) -> dict[str, Any]:
     """Model folder -> ONNX, linted, compared with the Flax model and searched for values beyond FP16.
 
@@ -50,6 +53,7 @@ def export_graph(
       keep_tflite: keep the intermediate GRAPH.tflite.
       allow_overflow: export although an activation passes FP16's 65504.
       seed: of the inputs that the graph is compared on.
+      samples: real inputs to compare on instead, in one of the two forms of `converters.samples`.
 
     Returns:
       The report, as in GRAPH.json.
@@ -61,7 +65,7 @@ def export_graph(
     with stages(5) as begin:
         begin("load weights")
         loaded = graphs.load_graph(graph, model_dir, options or GraphOptions())
-        return export_loaded(loaded, Path(output_dir), begin, keep_tflite, allow_overflow, seed)
+        return export_loaded(loaded, Path(output_dir), begin, keep_tflite, allow_overflow, seed, samples)
 
 
 def export_loaded(
@@ -71,6 +75,7 @@ def export_loaded(
     keep_tflite: bool = False,
     allow_overflow: bool = False,
     seed: int = 0,
+    samples: str | Path | None = None,
 ) -> dict[str, Any]:
     """`export_graph` for a graph in memory; `begin` is called with the name of each stage."""
     import onnx_ir as ir
@@ -90,6 +95,7 @@ def export_loaded(
             rewrites["expand_tanh_gelu"] = onnx_rewrite.expand_tanh_gelu(model)
         onnx_rewrite.readable_names(model, flatten(graph.params))
         onnx_lint.check(model, f"graph {graph.name}")
+        qdq.set_carried(model, graph.carried)
 
         begin("write")
         path = folder / f"{graph.name}.onnx"
@@ -100,10 +106,13 @@ def export_loaded(
 
         begin("compare with JAX")
         rng = np.random.default_rng(seed)
-        samples = [graph.sample(rng) for _ in range(SAMPLES)]
-        np.savez(folder / f"{graph.name}.inputs.npz", **{k: np.stack([s[k] for s in samples]) for k in samples[0]})
-        snr = _compare(graph, path, samples)
-        ranges = onnx_check.value_ranges(path, samples)
+        if samples is None:
+            inputs = [graph.sample(rng) for _ in range(SAMPLES)]
+        else:
+            inputs = list(itertools.islice(each_sample(Path(samples), list(graph.inputs)), SAMPLES))
+        np.savez(folder / f"{graph.name}.inputs.npz", **{k: np.stack([s[k] for s in inputs]) for k in inputs[0]})
+        snr = _compare(graph, path, inputs)
+        ranges = onnx_check.value_ranges(path, inputs)
         overflow = onnx_check.beyond_fp16(ranges)
         if overflow and not allow_overflow:
             raise UserError(
@@ -115,6 +124,7 @@ def export_loaded(
             "inputs": [dataclasses.asdict(spec) for spec in graph.inputs],
             "outputs": [dataclasses.asdict(spec) for spec in graph.outputs],
             "parameters": int(sum(np.size(leaf) for leaf in flatten(graph.params).values())),
+            "carried": dict(graph.carried),
             "notes": dict(graph.notes),
             "opset": onnx_rewrite.OPSET,
             "nodes": sum(counts.values()),
@@ -122,7 +132,7 @@ def export_loaded(
             "nodes_before_rewrite": sum(before.values()),
             "ops_before_rewrite": before,
             "rewrites": rewrites,
-            "samples": {"count": SAMPLES, "seed": seed},
+            "samples": {"count": len(inputs), "seed": seed if samples is None else None},
             "snr_db": {name: onnx_check.json_number(value) for name, value in snr.items()},
             "largest_values": {name: ranges[name] for name in list(ranges)[:5]},
             "beyond_fp16": overflow,
@@ -174,6 +184,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1, help="static batch size (default 1)")
     parser.add_argument("--length", type=int, default=128, help="static number of tokens (default 128)")
     parser.add_argument(
+        "--latent-height", type=int, default=40, help="of the decoder's latent: pixels / 8 (default 40)"
+    )
+    parser.add_argument("--latent-width", type=int, default=64, help="of the decoder's latent (default 64)")
+    parser.add_argument("--samples", type=Path, help="inputs to compare on, in the form of calibration data")
+    parser.add_argument(
         "--residual-scale",
         default="auto",
         help="power of two folded into T5 so that its residual stream fits FP16: auto (measured), none, or a number",
@@ -193,11 +208,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    for name in ("batch", "length"):
+    for name in ("batch", "length", "latent_height", "latent_width"):
         if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} is not positive")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     calibration = calibration_tokens(args.model, args.prompts, args.length) if args.prompts else None
-    options = GraphOptions(args.batch, args.length, args.residual_scale, args.gelu, calibration, args.seed)
+    options = GraphOptions(
+        args.batch,
+        args.length,
+        args.residual_scale,
+        args.gelu,
+        calibration,
+        args.seed,
+        args.latent_height,
+        args.latent_width,
+    )
     report = export_graph(
         args.model,
         args.graph,
@@ -206,8 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_tflite=args.keep_tflite,
         allow_overflow=args.allow_overflow,
         seed=args.seed,
+        samples=args.samples,
     )
-    snr = ", ".join(f"{name} {value:.1f} dB" for name, value in report["snr_db"].items())
+    worst = sorted(report["snr_db"].items(), key=lambda item: item[1])
+    snr = ", ".join(f"{name} {value:.1f} dB" for name, value in worst[:3])
+    snr += f" and {len(worst) - 3} outputs better than that" if len(worst) > 3 else ""
     print(
         f"exported {args.graph}: {report['nodes_before_rewrite']} -> {report['nodes']} nodes, "
         f"{report['data_bytes'] / 1e6:.0f} MB of weights, agrees with JAX to {snr}, in {report['seconds']:.0f} s: "

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters import residual_scale
+from converters import decoder_graph, residual_scale
+from converters.graph import Graph, GraphOptions, TensorSpec, component_of
 from nd_jax.errors import UserError
 from nd_jax.models import t5
 from nd_jax.models.context_adapter import ContextAdapter
@@ -27,64 +28,6 @@ from nd_jax.weights.folder import Component, load_component
 # Added to the logits of padded keys. T5 does not divide its logits by sqrt(d_kv), so they reach the hundreds and -100
 # would not remove a key; -1e4 exceeds them by far, and leaves 55,000 for the logits themselves before FP16 ends.
 DEVICE_MASKED_LOGIT = -1e4
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """Name, static shape and numpy dtype name of a graph input or output."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Graph:
-    """One graph, ready to trace.
-
-    Attributes:
-      name: also the file name.
-      inputs: in the order of `apply`'s arguments.
-      outputs: in the order of `apply`'s results.
-      params: nested dictionaries of float32 arrays. Every leaf becomes an initializer named by its path.
-      apply: (params, *inputs) -> tuple of outputs; traced.
-      reference: (*inputs) -> tuple of outputs by the model that training uses, on unchanged weights.
-      sample: random generator -> one valid set of inputs by name.
-      native_ops: how often each native operator must appear once they are restored.
-      expand_tanh_gelu: write the tanh form of GELU in elementary operators afterwards.
-      notes: what the builder decided, for the report.
-    """
-
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    params: dict[str, Any]
-    apply: Callable[..., tuple]
-    reference: Callable[..., tuple]
-    sample: Callable[[np.random.Generator], dict[str, np.ndarray]]
-    native_ops: Mapping[str, int]
-    expand_tanh_gelu: bool
-    notes: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class GraphOptions:
-    """What a user may choose for a graph.
-
-    Attributes:
-      batch, length: static sizes of the token inputs.
-      residual_scale: "auto", "none" or a power of two, see `converters.residual_scale`.
-      gelu: "expanded" or "native", for the tanh form; see `onnx_rewrite.expand_tanh_gelu`.
-      calibration: token ids and masks, int32 [N, length] each, that `auto` measures on; None for random ids.
-      seed: of random calibration ids.
-    """
-
-    batch: int = 1
-    length: int = 128
-    residual_scale: str = "auto"
-    gelu: str = "expanded"
-    calibration: tuple[np.ndarray, np.ndarray] | None = None
-    seed: int = 0
 
 
 def load_graph(name: str, model_dir: str | Path, options: GraphOptions) -> Graph:
@@ -148,8 +91,8 @@ def text_encoder(components: Mapping[str, Component], options: GraphOptions) -> 
     Raises:
       UserError: a component of another class, widths that do not fit, or an invalid residual scale.
     """
-    dt5 = _component(components, "text_encoder_3", networks.DISTIL_T5)
-    adapter = _component(components, "context_adapter", networks.CONTEXT_ADAPTER)
+    dt5 = component_of(components, "text_encoder_3", networks.DISTIL_T5)
+    adapter = component_of(components, "context_adapter", networks.CONTEXT_ADAPTER)
     if dt5.config.projection_dim != adapter.config.input_dims:
         raise UserError(
             f"text_encoder_3 gives width {dt5.config.projection_dim} and context_adapter takes "
@@ -213,14 +156,8 @@ def text_encoder(components: Mapping[str, Component], options: GraphOptions) -> 
     )
 
 
-def _component(components: Mapping[str, Component], folder: str, network: networks.Network) -> Component:
-    component = components[folder]
-    if component.network.name != network.name:
-        raise UserError(f"{folder} holds a {component.network.name}; this graph needs a {network.name}")
-    return component
-
-
 # name -> (subfolders of the model folder, builder)
 GRAPHS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Component], GraphOptions], Graph]]] = {
     "text_encoder": (("text_encoder_3", "context_adapter"), text_encoder),
+    "decoder_stream": (("causal_video_vae",), decoder_graph.decoder_stream),
 }

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from converters import schematic
 from converters.packages import need
 from nd_jax.errors import UserError
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 # Names that we use -> soc_model of the QNN SDK. All of these compile with onnxruntime-qnn 2.7; 8-gen-2, 8-gen-3,
 # 8-elite and 8-elite-gen-5 also ran on the simulator.
 SOC_MODELS = {"8-gen-1": 36, "8-gen-2": 43, "8-gen-3": 57, "x-elite": 60, "8-elite": 69, "8-elite-gen-5": 87}
-PRECISIONS = ("fp16",)
 PROVIDER = "QNNExecutionProvider"
 
 
@@ -42,6 +42,7 @@ class Binary:
       bytes: size of the binary.
       seconds, cpu_seconds: of the compilation.
       peak_bytes: largest resident memory of the compiler process.
+      traffic: bytes a call by the compiler's own plan, see `converters.schematic`; None when it was not asked for.
     """
 
     wrapper: Path
@@ -49,6 +50,7 @@ class Binary:
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    traffic: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +81,14 @@ def require_compiler() -> None:
     need("onnx", "onnxruntime", "onnxruntime_qnn")
 
 
-def compile_binary(onnx_path: Path, wrapper: Path, soc: str) -> Binary:
-    """Compiles a float32 graph to FP16 code for one chip.
+def compile_binary(onnx_path: Path, wrapper: Path, soc: str, traffic: bool = False) -> Binary:
+    """Compiles a graph for one chip: float32 to FP16 code, quantised parts to integer code.
 
     Args:
       onnx_path: the graph; external data beside it.
       wrapper: the ONNX file to write; the binary is written beside it.
       soc: a name of `SOC_MODELS`.
+      traffic: compile a second time, with the compiler's trace, and read the memory traffic out of it.
 
     Raises:
       UserError: unknown chip, missing package, an operator that the HTP does not take, a compiler that died.
@@ -93,7 +96,7 @@ def compile_binary(onnx_path: Path, wrapper: Path, soc: str) -> Binary:
     require_compiler()
     # Absolute paths: the child works in a folder of its own.
     paths = {"onnx": str(onnx_path.resolve()), "wrapper": str(wrapper.resolve())}
-    request = {"action": "compile", **paths, "soc_model": soc_model(soc)}
+    request = {"action": "compile", **paths, "soc_model": soc_model(soc), "trace": False}
     answer = _in_child(request, f"{onnx_path.name} for {soc}")
     binaries = [path for path in wrapper.parent.glob("*.bin") if path.name.startswith(wrapper.stem)]
     if len(binaries) != 1:
@@ -101,7 +104,13 @@ def compile_binary(onnx_path: Path, wrapper: Path, soc: str) -> Binary:
             f"{onnx_path.name} for {soc}: the compiler wrote {len(binaries)} binaries instead of 1; "
             "run the graph through converters.onnx_lint"
         )
-    return Binary(wrapper, binaries[0].stat().st_size, answer["seconds"], answer["cpu_seconds"], answer["peak_bytes"])
+    moved = None
+    if traffic:
+        with tempfile.TemporaryDirectory() as scratch:
+            traced = {"wrapper": str(Path(scratch) / wrapper.name), "trace": True}
+            moved = _in_child({**request, **traced}, f"{onnx_path.name} for {soc}")["traffic"]
+    cost = (answer["seconds"], answer["cpu_seconds"], answer["peak_bytes"])
+    return Binary(wrapper, binaries[0].stat().st_size, *cost, moved)
 
 
 def run_on_simulator(wrapper: Path, soc: str, samples: list[dict[str, np.ndarray]]) -> SimulatorRun:
@@ -176,7 +185,9 @@ def _explain(log: str) -> str:
 # --- In the child -----------------------------------------------------------------------------------------------------
 
 
-def _session(path: str, soc: int, entries: dict[str, str]) -> "onnxruntime.InferenceSession":
+def _session(
+    path: str, soc: int, entries: dict[str, str], more: dict[str, str] | None = None
+) -> "onnxruntime.InferenceSession":
     import onnxruntime as ort
     import onnxruntime_qnn
 
@@ -191,6 +202,7 @@ def _session(path: str, soc: int, entries: dict[str, str]) -> "onnxruntime.Infer
         "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
         "soc_model": str(soc),
         "enable_htp_fp16_precision": "1",
+        **(more or {}),
     }
     options.add_provider_for_devices(devices[:1], provider)
     return ort.InferenceSession(path, options)
@@ -198,16 +210,20 @@ def _session(path: str, soc: int, entries: dict[str, str]) -> "onnxruntime.Infer
 
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
     start, start_cpu = time.perf_counter(), time.process_time()
-    _session(
-        request["onnx"],
-        request["soc_model"],
-        {
-            "ep.context_enable": "1",
-            "ep.context_file_path": request["wrapper"],
-            "ep.context_embed_mode": "0",
-        },
-    )
-    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - start_cpu}
+    entries = {
+        "ep.context_enable": "1",
+        "ep.context_file_path": request["wrapper"],
+        "ep.context_embed_mode": "0",
+    }
+    trace = {"profiling_level": "optrace", "profiling_file_path": "trace.csv"} if request["trace"] else {}
+    _session(request["onnx"], request["soc_model"], entries, trace)
+    answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - start_cpu}
+    if trace:
+        schematics = sorted(Path().glob("*_schematic.bin"))  # in the working directory
+        if len(schematics) != 1:
+            raise UserError(f"the compiler wrote {len(schematics)} schematics instead of 1")
+        answer["traffic"] = schematic.traffic(schematics[0])
+    return answer
 
 
 def _run(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Running an exported graph in onnxruntime's CPU provider, in float32: outputs, agreement, ranges."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ def _cpu_session(model: "str | bytes") -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Otherwise a float weight between rounded activations is rounded too, to 8 bits, on its way into the session.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -37,25 +39,66 @@ def worst_snr_db(references: list[Sample], results: list[Sample]) -> dict[str, f
     }
 
 
-def value_ranges(onnx_path: Path, samples: list[Sample]) -> dict[str, float]:
-    """Largest absolute value of every float32 value inside the graph over the samples, largest first.
+def value_extremes(onnx_path: Path, samples: Iterable[Sample]) -> dict[str, tuple[float, float]]:
+    """Smallest and largest number of every float32 value of the graph over the samples, inputs and outputs included.
 
-    Written next to the graph for a moment, so that it finds the external data.
+    The graph computes them itself, so that no more values are alive than in a plain run. It is written next to the
+    original for a moment, where it finds the external data.
     """
     import onnx
 
-    model = onnx.load(str(onnx_path), load_external_data=False)
-    inferred = onnx.shape_inference.infer_shapes(model)
-    outputs = {output.name for output in model.graph.output}
-    floats = [v for v in inferred.graph.value_info if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
-    model.graph.output.extend(value for value in floats if value.name not in outputs)
-    exposed = onnx_path.with_name(f".{onnx_path.stem}.ranges.onnx")
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(onnx_path), load_external_data=False))
+    graph, float32 = model.graph, onnx.TensorProto.FLOAT
+    values = (*graph.input, *graph.value_info, *graph.output)
+    constants = {tensor.name for tensor in graph.initializer}
+    names = [v.name for v in values if v.type.tensor_type.elem_type == float32 and v.name not in constants]
+    names = list(dict.fromkeys(names))
+    del graph.output[:]
+    for name in names:
+        for op in ("ReduceMin", "ReduceMax"):
+            graph.node.append(onnx.helper.make_node(op, [name], [f"{op}:{name}"], keepdims=0))
+            graph.output.append(onnx.helper.make_tensor_value_info(f"{op}:{name}", float32, []))
+    extremes = {name: (math.inf, -math.inf) for name in names}
+    reduced = onnx_path.with_name(f".{onnx_path.stem}.extremes.onnx")
     try:
-        onnx.save(model, str(exposed))
-        results = run_on_cpu(exposed, samples)
+        onnx.save(model, str(reduced))
+        session = _cpu_session(str(reduced))
+        for sample in samples:
+            found = iter(session.run(None, dict(sample)))
+            for name, low, high in zip(names, found, found, strict=True):
+                extremes[name] = (
+                    float(np.minimum(extremes[name][0], low)),
+                    float(np.maximum(extremes[name][1], high)),
+                )
     finally:
-        exposed.unlink(missing_ok=True)
-    ranges = {name: max(float(np.max(np.abs(result[name]))) for result in results) for name in results[0]}
+        reduced.unlink(missing_ok=True)
+    return extremes
+
+
+def inner_values(
+    onnx_path: Path, names: Sequence[str], samples: Iterable[Sample], at_once: int = 8
+) -> Iterator[Iterator[tuple[str, np.ndarray]]]:
+    """(name, array) of values inside the graph, sample by sample, computed `at_once` of them at a time."""
+    import onnx
+
+    model = onnx.load(str(onnx_path), load_external_data=False)
+    opened = onnx_path.with_name(f".{onnx_path.stem}.opened.onnx")
+    for name in set(names) - {output.name for output in model.graph.output}:
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+    try:
+        onnx.save(model, str(opened))
+        session = _cpu_session(str(opened))
+        for sample in samples:
+            parts = (names[i : i + at_once] for i in range(0, len(names), at_once))
+            yield ((n, x) for part in parts for n, x in zip(part, session.run(part, dict(sample)), strict=True))
+    finally:
+        opened.unlink(missing_ok=True)
+
+
+def value_ranges(onnx_path: Path, samples: Iterable[Sample]) -> dict[str, float]:
+    """Largest absolute value of every float32 value of the graph over the samples, largest first."""
+    extremes = value_extremes(onnx_path, samples)
+    ranges = {name: float(np.max(np.abs(pair))) for name, pair in extremes.items()}
     return dict(sorted(ranges.items(), key=lambda item: -item[1]))
 
 

@@ -51,6 +51,30 @@ def transpose_outputs_instead(model: "ir.Model") -> int:
     return count
 
 
+def transpose_before_concat(model: "ir.Model") -> int:
+    """Transpose of a Concat -> Concat of Transposes, where an input of the Concat is one and they merge."""
+    import onnx_ir as ir
+
+    count = 0
+    for node in list(model.graph):
+        concat = node.inputs[0].producer() if _perm(node) is not None else None
+        if concat is None or concat.op_type != "Concat" or len(node.inputs[0].uses()) != 1:
+            continue
+        if node.inputs[0].is_graph_output() or all(_perm(value.producer()) is None for value in concat.inputs):
+            continue
+        perm, turned = _perm(node), []
+        for i, value in enumerate(concat.inputs):
+            turn = ir.node("Transpose", [value], attributes={"perm": perm})
+            turn.outputs[0].name, turn.outputs[0].type = f"{node.outputs[0].name}/part{i}", value.type
+            turn.outputs[0].shape = ir.Shape([value.shape[axis] for axis in perm])
+            model.graph.insert_before(node, turn)
+            turned.append(turn.outputs[0])
+        axis = concat.attributes["axis"].as_int() % len(perm)
+        replace_value(model, node.outputs[0], ir.node("Concat", turned, attributes={"axis": perm.index(axis)}))
+        count += 1
+    return count
+
+
 def merge_transposes(model: "ir.Model") -> int:
     """Transpose after Transpose -> one Transpose, or none."""
     import onnx_ir as ir

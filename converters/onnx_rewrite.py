@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters import onnx_layout
+from converters import onnx_conv, onnx_layout
 from converters.onnx_edit import op_counts, replace_value
 from converters.packages import need
 from converters.scalar_cones import Cone, cones, scalar_constant
@@ -278,7 +278,12 @@ REWRITES: tuple[Callable[["ir.Model"], int], ...] = (
     restore_gelu,
     restore_rms_norm,
     restore_softmax,
+    onnx_conv.bias_into_conv,
+    onnx_conv.clip_before_tanh,
+    onnx_conv.transpose_weights,
+    onnx_conv.restore_depth_to_space,
     onnx_layout.transpose_outputs_instead,
+    onnx_layout.transpose_before_concat,
     onnx_layout.merge_transposes,
     onnx_layout.matmul_before_reshape,
     onnx_layout.merge_reshapes,

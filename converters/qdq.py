@@ -1,0 +1,164 @@
+"""Quantised graphs: their integer inputs and outputs, and the two halves of their error.
+
+A value x of encoding (scale, zero_point) is stored as
+
+    q = clip(round(x / scale) + zero_point, 0, 65535),     x ~ (q - zero_point) scale                (1)
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from converters.samples import Sample
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+# Key of the model's metadata under which the encodings of its inputs and outputs stand, as JSON.
+ENCODINGS = "nd_jax.encodings"
+# The same for the states: {output: the input that takes it at the next call}.
+CARRIED = "nd_jax.carried"
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """Equation 1 for one input or output; `dtype` is a numpy name."""
+
+    scale: float
+    zero_point: int
+    dtype: str
+
+    def quantize(self, x: np.ndarray) -> np.ndarray:
+        limits = np.iinfo(self.dtype)
+        q = np.round(x.astype(np.float64) / self.scale) + self.zero_point
+        return np.clip(q, limits.min, limits.max).astype(self.dtype)
+
+    def dequantize(self, q: np.ndarray) -> np.ndarray:
+        return ((q.astype(np.float64) - self.zero_point) * self.scale).astype(np.float32)
+
+
+def is_quantised(model: "onnx.ModelProto") -> bool:
+    return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+
+
+def encodings(model: "onnx.ModelProto") -> dict[str, Encoding]:
+    """Input or output name -> encoding, of those that are integers on behalf of float32; see `integer_ends`."""
+    return {name: Encoding(**values) for name, values in _metadata(model, ENCODINGS).items()}
+
+
+def carried_states(model: "onnx.ModelProto") -> dict[str, str]:
+    """Output -> the input that takes it at the next call; see `set_carried`."""
+    return _metadata(model, CARRIED)
+
+
+def _metadata(model: "onnx.ModelProto", key: str) -> dict:
+    return json.loads(next((entry.value for entry in model.metadata_props if entry.key == key), "{}"))
+
+
+def to_integers(sample: Sample, encoded: Mapping[str, Encoding]) -> Sample:
+    """float32 -> the graph's integers, where it has some."""
+    return {name: encoded[name].quantize(x) if name in encoded else x for name, x in sample.items()}
+
+
+def to_floats(sample: Sample, encoded: Mapping[str, Encoding]) -> Sample:
+    """The graph's integers -> float32."""
+    return {name: encoded[name].dequantize(x) if name in encoded else x for name, x in sample.items()}
+
+
+# --- edits of `onnx_ir` models ----------------------------------------------------------------------------------------
+
+
+def set_carried(model: "ir.Model", carried: Mapping[str, str]) -> None:
+    """Notes the carried states in the model's metadata."""
+    model.metadata_props[CARRIED] = json.dumps(dict(carried))
+
+
+def integer_ends(model: "ir.Model") -> dict[str, Encoding]:
+    """Removes the QuantizeLinear behind inputs and the DequantizeLinear in front of outputs, which keep their names.
+
+    Half of the bytes cross the border of the graph, and states that are carried from call to call are not rounded
+    again. The encodings go into the model's metadata.
+    """
+    import onnx_ir.convenience as convenience
+
+    found = {}
+    for value in model.graph.inputs:
+        readers = [use.node for use in value.uses()]
+        if not readers or any(node.op_type != "QuantizeLinear" for node in readers):
+            continue
+        for node in readers:
+            found[value.name] = _encoding(node)
+            quantised = node.outputs[0]
+            convenience.replace_all_uses_with(quantised, value)
+            value.type = quantised.type or _tensor_type(found[value.name].dtype)
+            model.graph.remove(node, safe=True)
+    for i, value in enumerate(model.graph.outputs):
+        node = value.producer()
+        if node is None or node.op_type != "DequantizeLinear" or node.inputs[0].is_initializer():
+            continue
+        found[value.name] = _encoding(node)
+        quantised, name = node.inputs[0], value.name
+        model.graph.outputs[i] = quantised
+        if value.uses():
+            value.name = f"{name}/float32"
+        else:
+            model.graph.remove(node, safe=True)
+        shape = value.shape
+        quantised.name, quantised.shape = name, shape
+        quantised.type = _tensor_type(found[name].dtype)
+    model.metadata_props[ENCODINGS] = json.dumps({name: dataclasses.asdict(e) for name, e in found.items()})
+    return found
+
+
+def _encoding(node: "ir.Node") -> Encoding:
+    scale, zero_point = (value.const_value.numpy() for value in node.inputs[1:3])
+    return Encoding(float(scale.reshape(())), int(zero_point.reshape(())), zero_point.dtype.name)
+
+
+def _tensor_type(dtype: str) -> "ir.TensorType":
+    import onnx_ir as ir
+
+    return ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype)))
+
+
+def rounded_weights(model: "ir.Model") -> dict[str, np.ndarray]:
+    """Float weights, by their names in the float graph, that the quantised graph's integers stand for."""
+    found = {}
+    for node in model.graph:
+        if _holds_weight(node):
+            q, scale, zero_point = (value.const_value.numpy() for value in node.inputs)
+            axis = node.attributes.get_int("axis", 1)
+            shape = [-1 if i == axis else 1 for i in range(q.ndim)] if scale.ndim else []
+            steps = q.astype(np.float64) - zero_point.astype(np.float64).reshape(shape)
+            found[_weight_name(node)] = (steps * scale.astype(np.float64).reshape(shape)).astype(np.float32)
+    return found
+
+
+def _holds_weight(node: "ir.Node") -> bool:
+    """Whether a node is the DequantizeLinear of an 8-bit constant; biases have 32 bits, whose error is nothing."""
+    constant = node.inputs[0].const_value if node.op_type == "DequantizeLinear" else None
+    return constant is not None and constant.dtype.numpy().itemsize == 1
+
+
+def _weight_name(node: "ir.Node") -> str:
+    """onnxruntime's quantiser stores weight W as W_quantized."""
+    return node.inputs[0].name.removesuffix("_quantized")
+
+
+def with_float_weights(model: "ir.Model", weights: Mapping[str, np.ndarray]) -> None:
+    """Puts the weights of the float graph back, so that only activations are rounded."""
+    import onnx_ir as ir
+    import onnx_ir.convenience as convenience
+
+    for node in list(model.graph):
+        if not _holds_weight(node):
+            continue
+        name = _weight_name(node)
+        restored = ir.val(f"{name}/float32", const_value=ir.tensor(np.ascontiguousarray(weights[name])))
+        model.graph.register_initializer(restored)
+        convenience.replace_all_uses_with(node.outputs[0], restored)
+        model.graph.remove(node, safe=True)
