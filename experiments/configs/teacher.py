@@ -62,7 +62,7 @@ def _tiny() -> ConfigDict:
     }
     config.update(
         {
-            "num_steps": 4000,
+            "num_steps": 6000,
             "batch_size": 96,
             "log_every": 20,
             "eval_every": 500,
@@ -98,8 +98,9 @@ def _tiny() -> ConfigDict:
     )
     config.attention = "cached"
     config.ema_decay = 0.995
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 200
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.warmup_steps = 100
     config.data.max_length = 28
     config.data.clip_max_length = 28
     config.data.eval_fraction = 0.04

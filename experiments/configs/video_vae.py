@@ -89,7 +89,7 @@ def _tiny() -> ConfigDict:
     config = _base()
     config.update(
         {
-            "num_steps": 1200,
+            "num_steps": 800,
             "batch_size": 4,
             "log_every": 25,
             "eval_every": 200,
@@ -102,7 +102,8 @@ def _tiny() -> ConfigDict:
             },
         }
     )
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 50
     # The background is most of a clip, and its colour is what minimises L1 and edges for a long time.
     config.loss.l1_weight = 0.0
@@ -117,9 +118,9 @@ def _tiny() -> ConfigDict:
 
 def _tiny_frames() -> ConfigDict:
     config = _tiny()
-    config.num_steps = 2000
+    config.num_steps = 1200
     config.batch_size = 16
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 6e-3
     config.data.crop.video_frames = 1
     config.data.eval_crop.video_frames = 1
     return config
