@@ -1,10 +1,13 @@
 """Measures of a model folder.
 
     python -m experiments.evaluate toy-world --model DIR --output DIR [--clips 200] [--seed 1000]
+    python -m experiments.evaluate decoder --student DIR --native DIR --toy-world 64 --output DIR
 
 toy-world   makes a clip for every caption of a toy world that training never saw and reads colour, shape, direction and
             speed back (nd_jax/data/toy_checker.py): accuracy with 95 % intervals beside chance, a Frechet distance to
             drawn clips, and a picture of the first ones. For models that were trained on the toy world.
+decoder     decodes the latents of clips by a tiny decoder and by the one that it stands in for: PSNR, SSIM, flicker
+            and, with its weights, LPIPS; a picture and videos with all of them side by side.
 """
 
 import argparse
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import evaluate_decoder
 from nd_jax.errors import UserError, run_command
 
 RESULT, STRIPS = "toy_world.json", "strips.png"
@@ -39,6 +43,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--clips", type=int, default=200, metavar="N", help="how many (default 200)")
     add("--seed", type=int, default=1000, help="of captions and noise (default 1000)")
     add("--batch", type=int, default=50, metavar="N", help="clips at once (default 50)")
+    decoder = commands.add_parser(
+        "decoder",
+        help="how well does a tiny decoder do beside the one that it stands in for?",
+        description="Decode the latents of clips by a tiny decoder and by its native one, and compare.",
+        allow_abbrev=False,
+    )
+    evaluate_decoder.add_arguments(decoder)
     return parser.parse_args(argv)
 
 
@@ -116,6 +127,14 @@ def _write_strips(path: Path, videos: Sequence[Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
     args = parse(argv)
+    if args.command == "decoder":
+        result = evaluate_decoder.evaluate_decoder(args)
+        names = [name for name in ("student", "native") if name in result]
+        shown = "; ".join(
+            f"{n} {result[n]['psnr_db']['mean']:.2f} dB, SSIM {result[n]['ssim']['mean']:.3f}" for n in names
+        )
+        print(f"{result['clips']} clips: {shown}: {args.output / evaluate_decoder.RESULT}")
+        return 0
     result = toy_world(args)
     rates = ", ".join(
         f"{name} {entry['rate']:.1%} (chance {result['chance'][name]:.1%})"

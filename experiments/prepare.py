@@ -119,8 +119,7 @@ def open_clips(args: argparse.Namespace) -> Clips:
 
     sizes = (args.frames, args.height, args.width, max(args.frames, CLIP_FRAMES))
     world = ToyWorld(args.toy_world, args.seed, *sizes)
-    ids = [f"toy-{args.seed}-{index:06d}" for index in range(args.toy_world)]
-    return Clips(lambda index: {**world[index], "id": ids[index]}, ids, world.fingerprint)
+    return Clips(world.__getitem__, world.ids, world.fingerprint)
 
 
 def find_vae(model: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from nd_jax.data.latent_clips import LatentClips, LatentClipTransform
 from nd_jax.data.latents import LatentSource, LatentTransform
 from nd_jax.data.loader import Batches, EvalBatches, LoaderOptions
 from nd_jax.data.prompts import PromptSource, PromptTransform, split_train_eval
@@ -70,7 +71,7 @@ def _latent_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, Eva
     if not data["tokenizers"]:
         _build_tokenizers((source[int(i)]["caption"] for i in train), data["tokenizer_vocab"], folders)
     tokenize = {
-        column: Tokenize(_load_tokenizer(folders[name], model[encoder]["vocab_size"]), data[length])
+        column: Tokenize(_load_tokenizer(folders[name], _vocab_size(model[encoder])), data[length])
         for column, name, encoder, length in (
             ("tokenize", T5_TOKENIZER, "text_encoder_3", "max_length"),
             ("clip_tokenize", CLIP_TOKENIZERS[0], "text_encoder", "clip_max_length"),
@@ -89,6 +90,19 @@ def _clip_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, EvalB
     train, held_out = split_train_eval(len(source), data["eval_fraction"], config["seed"])
     # A size of 0 is the whole side.
     cut, whole = (ClipTransform(**{k: v or None for k, v in data[name].items()}) for name in ("crop", "eval_crop"))
+    options = _options(config)
+    return Batches(source, cut, options, train), EvalBatches(source, whole, options, held_out)
+
+
+def _decoder_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, EvalBatches]:
+    """Clips, and their cached latents where the config names a folder of them."""
+    data = config["data"]
+    if not data["latents"]:
+        return _clip_data(config, workdir)
+    source = LatentClips(LatentSource(data["latents"]), _clips(data, config["seed"]))
+    train, held_out = split_train_eval(len(source), data["eval_fraction"], config["seed"])
+    sizes = lambda name: {k: v or None for k, v in data[name].items()}
+    cut, whole = (LatentClipTransform(**sizes(name)) for name in ("crop", "eval_crop"))
     options = _options(config)
     return Batches(source, cut, options, train), EvalBatches(source, whole, options, held_out)
 
@@ -127,6 +141,11 @@ def _load_tokenizer(folder: Path, vocabulary: int) -> Any:
     return tokenizer
 
 
+def _vocab_size(sizes: Mapping[str, Any]) -> int:
+    """Of a text encoder; a distilled T5 has its encoder's sizes one level down."""
+    return sizes.get("encoder", sizes)["vocab_size"]
+
+
 def _build_tokenizers(texts: Iterable[str], vocab_size: int, folders: Mapping[str, Path]) -> None:
     """One vocabulary of training text alone for all folders; with several processes the first builds, others wait."""
     if jax.process_index() == 0 and not all(folder.exists() for folder in folders.values()):
@@ -144,4 +163,10 @@ def _build_tokenizers(texts: Iterable[str], vocab_size: int, folders: Mapping[st
         multihost_utils.sync_global_devices("tokenizers built")
 
 
-DATA = {"text_encoder": _prompt_data, "teacher": _latent_data, "video_vae": _clip_data}
+DATA = {
+    "text_encoder": _prompt_data,
+    "teacher": _latent_data,
+    "prune": _latent_data,
+    "video_vae": _clip_data,
+    "decoder": _decoder_data,
+}

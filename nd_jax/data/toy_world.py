@@ -203,8 +203,16 @@ class ToyWorld:
     def __len__(self) -> int:
         return self._num_clips
 
+    @property
+    def ids(self) -> list[str]:
+        """Names of all clips."""
+        return [self._id(index) for index in range(self._num_clips)]
+
+    def _id(self, index: int) -> str:
+        return f"toy-{self._seed}-{index:06d}"
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """{"video": uint8 [video_frames, height, width, 3], "caption": str, "scene": Scene}.
+        """{"video": uint8 [video_frames, height, width, 3], "caption": str, "scene": Scene, "id": str}.
 
         Raises:
           IndexError: `index` is not in 0 .. num_clips - 1.
@@ -213,7 +221,8 @@ class ToyWorld:
             raise IndexError(f"clip {index} of {self._num_clips}")
         rng = np.random.default_rng([self._seed, index])
         scene = sample_scene(rng)
-        return {"video": render(scene, *self._shape), "caption": caption(scene, rng), "scene": scene}
+        words = {"caption": caption(scene, rng), "scene": scene, "id": self._id(index)}
+        return {"video": render(scene, *self._shape), **words}
 
 
 def _choose(options, rng: np.random.Generator):

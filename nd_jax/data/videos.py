@@ -107,6 +107,11 @@ class VideoFolder:
     def __len__(self) -> int:
         return len(self.clips)
 
+    @property
+    def ids(self) -> list[str]:
+        """Names of all clips."""
+        return [clip.id for clip in self.clips]
+
     def read(self, index: int) -> dict[str, Any]:
         """{"video": uint8 [video_frames, height, width, 3], "caption": str, "id": str}.
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nd_jax.distill import teacher_roles, text_encoder_roles, video_vae_roles
+from nd_jax.distill import decoder_roles, prune_roles, teacher_roles, text_encoder_roles, video_vae_roles
 from nd_jax.distill.base import Distillation
 from nd_jax.errors import UserError
 
@@ -11,6 +11,8 @@ from nd_jax.errors import UserError
 METHODS = {
     "text_encoder": (text_encoder_roles.resolve_config, text_encoder_roles.text_encoder_from_config),
     "teacher": (teacher_roles.resolve_config, teacher_roles.teacher_from_config),
+    "decoder": (decoder_roles.resolve_config, decoder_roles.decoder_from_config),
+    "prune": (prune_roles.resolve_config, prune_roles.prune_from_config),
     "video_vae": (video_vae_roles.resolve_config, video_vae_roles.video_vae_from_config),
 }
 
