@@ -40,9 +40,16 @@ def t5_layer() -> Iterable[Any]:
     return t5_layer_cases()
 
 
+def decoder() -> Iterable[Any]:
+    from experiments.benchmark_decoder import decoder_cases
+
+    return decoder_cases()
+
+
 # Name -> what it compares, and the function that gives its cases (`benchmark_networks.Case`).
 SUITES: dict[str, tuple[str, Callable[[], Iterable[Any]]]] = {
     "joint_block": ("a joint block of the video transformer, against diffusers, float32, full size", joint_block),
+    "decoder": ("the tiny decoder, streaming, against plain PyTorch in channels-last, float32, full size", decoder),
     "t5_layer": ("a layer of the T5 v1.1 XXL encoder, against transformers, float32, full size", t5_layer),
 }
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
+from experiments.benchmark_decoder import decoder_calls, decoder_cases
 from experiments.benchmark_networks import (
     TEXT_TOKENS,
     Case,
@@ -25,6 +26,7 @@ from nd_jax.errors import run_command
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.mmdit_block import TokenGeometry
 from nd_jax.models.t5 import T5Config
+from nd_jax.models.taehv import TAEHVConfig, TAEHVDecoder
 from nd_jax.pyramid.layout import VideoSize
 
 CONFIG = MMDiTConfig(num_layers=2, attention_head_dim=8, num_attention_heads=2, sample_size=16, pos_embed_max_size=16)
@@ -65,6 +67,18 @@ def test_the_t5_layer_is_that_of_transformers():
     x = np.random.default_rng(0).standard_normal((1, 9, 16), np.float32)
     ours, theirs = t5_block_calls(config, torch_t5_block(config), x)
     assert_close(np.asarray(ours()[0]), theirs()[0].numpy())
+
+
+def test_the_tiny_decoder_is_the_same_in_both():
+    """Three latent frames, so that states are carried."""
+    config = TAEHVConfig(4, (6, 4, 4, 4))
+    decoder = TAEHVDecoder(config)
+    params = jax.jit(lambda: decoder.init(jax.random.key(1), np.zeros((1, 1, 2, 2, 4), np.float32))["params"])()
+    ours, theirs = decoder_calls(config, params, 3, 2, latent_frames=3)
+    for got, expected in zip(numpy(ours()), theirs(), strict=True):
+        assert_close(got, expected.numpy().transpose(0, 2, 3, 1))
+    names = [case.name for case in decoder_cases(config)]
+    assert names == [f"tiny decoder, {n} latent frames ({f} video frames)" for n, f in ((1, 1), (7, 49))]
 
 
 def test_statistics_of_a_case():
