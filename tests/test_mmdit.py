@@ -113,6 +113,27 @@ def test_states_are_the_streams_around_every_block(params, reference):
     assert_close(output.states.image[0], first)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("wanted", [(1,), (0, 3), (1, 2), (3,)])
+def test_some_states_are_those_of_all(params, reference, wanted, scan):
+    (clips, *rest), output = reference
+    given = params if scan else unstack_blocks(params)
+    arguments = (LAYOUT.pack(clips), *rest, LAYOUT.geometry(TEXT_MASK), LAYOUT.output_tokens, wanted)
+    some = jax.jit(PyramidMMDiT(CONFIG, scan=scan).apply, static_argnums=(6, 7))({"params": given}, *arguments)
+    assert_close(some.states.image, output.states.image[np.array(wanted)])
+    texts = output.states.text[np.array([k for k in wanted if k < 3], np.int32)]
+    np.testing.assert_allclose(some.states.text, texts, rtol=1e-5, atol=1e-5)
+    assert_close(some.velocity, output.velocity)
+
+
+def test_states_that_there_are_not_are_refused(params, reference):
+    (clips, *rest), _ = reference
+    arguments = (LAYOUT.pack(clips), *rest, LAYOUT.geometry(TEXT_MASK), LAYOUT.output_tokens)
+    for wanted in ((2, 1), (4,), (-1,)):
+        with pytest.raises(ValueError, match=r"give rising numbers of 0\.\.3"):
+            PyramidMMDiT(CONFIG).apply({"params": params}, *arguments, wanted)
+
+
 def test_the_current_clip_and_padded_text_are_unseen_by_the_rest(params, reference):
     (clips, context, pooled, timestep), output = reference
     current = LAYOUT.output_tokens

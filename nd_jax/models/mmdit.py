@@ -106,7 +106,8 @@ class MMDiTConfig:
 class BlockStates(NamedTuple):
     """Residual streams around the blocks: index k is block k's input, the last image entry the last block's output.
 
-    `image` is [S + 1, B, N, D], `text` [S, B, T, D]: the last block has no text output.
+    `image` is [S + 1, B, N, D], `text` [S, B, T, D]: the last block has no text output. Where only some numbers were
+    asked for, these alone, in their order.
     """
 
     image: jax.Array
@@ -165,12 +166,19 @@ class ConditioningMLP(nn.Module):
 
 
 class _ScannedBlock(JointBlock):
-    """`JointBlock` as `nn.scan` wants it: the carry in and out, and the block's input if asked for."""
+    """`JointBlock` as `nn.scan` wants it: the carry in and out, and the block's input if all inputs are asked for.
 
-    return_block_states: bool = False
+    The carry is both streams and, where only some inputs are asked for, a buffer for each stream: the input goes to its
+    row `place`, and nowhere if there is no such row.
+    """
 
-    def __call__(self, carry, conditioning_BD, geometry):
-        return super().__call__(*carry, conditioning_BD, geometry), (carry if self.return_block_states else None)
+    keep_input: bool = False
+
+    def __call__(self, carry, place, conditioning_BD, geometry):
+        streams, kept = carry
+        if kept is not None:
+            kept = jax.tree.map(lambda rows, x: rows.at[place].set(x, mode="drop"), kept, streams)
+        return (super().__call__(*streams, conditioning_BD, geometry), kept), (streams if self.keep_input else None)
 
 
 class PyramidMMDiT(nn.Module):
@@ -231,7 +239,7 @@ class PyramidMMDiT(nn.Module):
         timestep: jax.Array,
         geometry: TokenGeometry,
         output_tokens: int | None = None,
-        return_block_states: bool = False,
+        return_block_states: bool | tuple[int, ...] = False,
         current_unseen: bool = False,
     ) -> MMDiTOutput:
         """Velocity of the current clip.
@@ -243,7 +251,9 @@ class PyramidMMDiT(nn.Module):
           timestep: float [B], the stage's own timestep, 0..1000.
           geometry: of the layout; it says which tokens see each other.
           output_tokens: M, how many of the last tokens are the current clip's; all when None; static.
-          return_block_states: also return both streams around every block; static.
+          return_block_states: also return both streams around every block, or only the states of rising numbers 0..S
+            of `BlockStates`, in memory for these alone. That is for frozen networks: with a gradient and remat, every
+            block would save all of them. Static.
           current_unseen: the mask hides the current clip from all other tokens, in every sample; static. Attention
             leaves those pairs out. So it is wherever there is a history (`TokenLayout.current_unseen`).
 
@@ -267,12 +277,19 @@ class PyramidMMDiT(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        (image, text), states = self._blocks((image, text), conditioning, geometry, sizes, return_block_states)
-        last_input = (image, text)
+        wanted = tuple(range(cfg.num_layers + 1)) if return_block_states is True else tuple(return_block_states or ())
+        if list(wanted) != sorted(set(wanted)) or not set(wanted) <= set(range(cfg.num_layers + 1)):
+            raise ValueError(f"block states {wanted}: give rising numbers of 0..{cfg.num_layers}")
+        (image, text), states = self._blocks((image, text), conditioning, geometry, sizes, wanted)
+        before = (image, text)
         image, _ = self._remat(JointBlock)(last=True, name="last_block", **sizes)(image, text, conditioning, geometry)
-        if return_block_states:
-            inputs = jax.tree.map(lambda stacked, x: jnp.concatenate([stacked, x[None]]), states, last_input)
-            states = BlockStates(jnp.concatenate([inputs[0], image[None]]), inputs[1])
+        if wanted:
+            ends = [(cfg.num_layers - 1, before), (cfg.num_layers, (image, None))]
+            rows = [] if states is None else [states]
+            rows += [jax.tree.map(lambda x: x[None], end) for number, end in ends if number in wanted]
+            images, texts = zip(*rows, strict=True)
+            texts = [rows for rows in texts if rows is not None] or [jnp.zeros((0, *text.shape), text.dtype)]
+            states = BlockStates(jnp.concatenate(images), jnp.concatenate(texts))
 
         dense = lambda features, name: nn.Dense(
             features, dtype=self.dtype, param_dtype=self.param_dtype, kernel_init=nn.initializers.zeros, name=name
@@ -281,35 +298,39 @@ class PyramidMMDiT(nn.Module):
         scale, shift = jnp.split(modulation, 2, axis=-1)
         current = image if output_tokens is None else image[:, image.shape[1] - output_tokens :]
         velocity = dense(cfg.token_dim, "proj_out")(modulate(current, shift, scale).astype(self.dtype))
-        return MMDiTOutput(velocity.astype(jnp.float32), states if return_block_states else None)
+        return MMDiTOutput(velocity.astype(jnp.float32), states if wanted else None)
 
     def _remat(self, block: type[nn.Module]) -> type[nn.Module]:
         return block if self.remat == "none" else nn.remat(block, policy=REMAT[self.remat], prevent_cse=False)
 
-    def _blocks(self, streams: tuple, conditioning: jax.Array, geometry: TokenGeometry, sizes: dict, keep: bool):
-        """All blocks but the last: (the streams behind them, their inputs [S - 1, ...] of both streams or None)."""
+    def _blocks(
+        self, streams: tuple, conditioning: jax.Array, geometry: TokenGeometry, sizes: dict, wanted: tuple[int, ...]
+    ) -> tuple[tuple, tuple | None]:
+        """All blocks but the last: (the streams behind them, the wanted inputs of both streams or None)."""
         count = self.config.num_layers - 1
-        block = self._remat(_ScannedBlock)
+        wanted = [number for number in wanted if number < count]
+        block, every = self._remat(_ScannedBlock), bool(wanted) and len(wanted) == count
+        kept = None
+        if wanted and not every:
+            kept = jax.tree.map(lambda x: jnp.zeros((len(wanted), *x.shape), x.dtype), streams)
+        places = np.full(count, len(wanted), np.int32)
+        places[wanted] = np.arange(len(wanted))
         if count and self.scan:
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=(0, nn.broadcast, nn.broadcast),
                 length=count,
-            )
-            return scanned(return_block_states=keep, name="blocks", **sizes)(streams, conditioning, geometry)
+            )(keep_input=every, name="blocks", **sizes)
+            (streams, kept), inputs = scanned((streams, kept), jnp.asarray(places), conditioning, geometry)
+            return streams, inputs if every else kept
         inputs = []
         for k in range(count):
-            streams, before = block(return_block_states=keep, name=f"block_{k}", **sizes)(
-                streams, conditioning, geometry
-            )
-            inputs.append(before)
-        if not keep:
-            return streams, None
-        if not inputs:
-            return streams, jax.tree.map(lambda x: jnp.zeros((0, *x.shape), x.dtype), streams)
-        return streams, jax.tree.map(lambda *x: jnp.stack(x), *inputs)
+            keeping = block(keep_input=k in wanted, name=f"block_{k}", **sizes)
+            (streams, _), before = keeping((streams, None), 0, conditioning, geometry)
+            inputs += [before] if k in wanted else []
+        return streams, jax.tree.map(lambda *x: jnp.stack(x), *inputs) if inputs else None
 
 
 def unstack_blocks(params: dict) -> dict:
