@@ -12,19 +12,20 @@ its recovery and its steps on the same states.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nd_jax.distill.base import Batch, Distillation, Mean, Params, Role, Roles
-from nd_jax.models.mmdit import MMDiTConfig, PyramidMMDiT
+from nd_jax.models.mmdit import MMDiTConfig, MMDiTOutput, PyramidMMDiT
+from nd_jax.models.mmdit_block import TokenGeometry
 from nd_jax.models.text_conditioning import Conditioning, TextEncoders, encode_text
 from nd_jax.pyramid.layout import VideoSize
 from nd_jax.pyramid.schedule import PyramidSchedule
 from nd_jax.pyramid.training import columns_to_stage
-from nd_jax.pyramid.units import COUPLINGS, StageUnits, draw_unit_randomness, stage_units, unit_state
+from nd_jax.pyramid.units import COUPLINGS, StageUnits, UnitState, draw_unit_randomness, stage_units, unit_state
 from nd_jax.weights import networks
 from nd_jax.weights.mmdit import PYRAMID_FLOW_MMDIT
 
@@ -84,6 +85,66 @@ class TeacherModels:
                 raise ValueError(f"the transformer's {name} is {wanted}, but {what} {given} channels: set them equal")
 
 
+class StageBatch(NamedTuple):
+    """Rows of one stage, ready for a transformer.
+
+    Attributes:
+      state: (1), see `units.UnitState`.
+      geometry: of the rows' tokens.
+      image_mask: which image tokens are not padding, bool [B, N].
+    """
+
+    state: UnitState
+    geometry: TokenGeometry
+    image_mask: jax.Array
+
+
+def draw_stage_batch(
+    objective: FlowObjective,
+    schedule: PyramidSchedule,
+    units: StageUnits,
+    latents: jax.Array,
+    text_mask: jax.Array,
+    key: jax.Array,
+) -> StageBatch:
+    """Equation 1 for every row, of a latent frame that is drawn uniformly.
+
+    Args:
+      objective, schedule, units: static.
+      latents: clean and normalised, [B, T, H, W, C].
+      text_mask: [B, L].
+      key: which latent frame, time, noise and corruption.
+    """
+    unit_key, state_key = jax.random.split(key)
+    unit = jax.random.randint(unit_key, latents.shape[:1], 0, latents.shape[1])
+    randomness = draw_unit_randomness(state_key, units, latents.shape, objective.coupling)
+    state = unit_state(schedule, units, latents, unit, randomness, objective.corruption_ratio)
+    return StageBatch(state, units.geometry(unit, text_mask), jnp.asarray(units.position_index)[unit] > 0)
+
+
+def apply_transformer(
+    models: TeacherModels,
+    config: MMDiTConfig,
+    transformer: Params,
+    batch: StageBatch,
+    text: Conditioning,
+    dtype: Any,
+    states: bool | tuple[int, ...] = False,
+) -> MMDiTOutput:
+    """D of equation 2 for rows of one stage; `config` is `models.mmdit` or that of a pruned student."""
+    network = PyramidMMDiT(config, dtype=dtype, remat=models.remat, attention=models.attention)
+    return network.apply(
+        {"params": transformer},
+        batch.state.tokens,
+        text.context,
+        text.pooled,
+        batch.state.timestep,
+        batch.geometry,
+        batch.state.target.shape[1],
+        states,
+    )
+
+
 def stage_error(
     models: TeacherModels,
     objective: FlowObjective,
@@ -105,21 +166,33 @@ def stage_error(
       key: which latent frame, time, noise and corruption.
       dtype: computation dtype of the transformer.
     """
-    unit_key, state_key = jax.random.split(key)
-    unit = jax.random.randint(unit_key, latents.shape[:1], 0, models.video.units)
-    randomness = draw_unit_randomness(state_key, units, latents.shape, objective.coupling)
-    state = unit_state(schedule, units, latents, unit, randomness, objective.corruption_ratio)
-    network = PyramidMMDiT(models.mmdit, dtype=dtype, remat=models.remat, attention=models.attention)
-    velocity = network.apply(
-        {"params": transformer},
-        state.tokens,
-        text.context,
-        text.pooled,
-        state.timestep,
-        units.geometry(unit, text.mask),
-        units.output_tokens,
-    ).velocity
-    return jnp.mean(jnp.square(velocity - state.target), axis=(1, 2))
+    batch = draw_stage_batch(objective, schedule, units, latents, text.mask, key)
+    velocity = apply_transformer(models, models.mmdit, transformer, batch, text, dtype).velocity
+    return jnp.mean(jnp.square(velocity - batch.state.target), axis=(1, 2))
+
+
+def each_stage(
+    ratios: tuple[int, ...],
+    latents: jax.Array,
+    text: Conditioning,
+    key: jax.Array,
+    terms: Callable[[int, jax.Array, Conditioning, jax.Array], Any],
+) -> dict[int, Any]:
+    """What `terms(stage, latents, text, key)` gives for the rows of every stage; rows go to stages as `ratios` say.
+
+    Raises:
+      ValueError: the rows do not divide among the ratios.
+    """
+    columns = columns_to_stage(ratios)
+    if latents.shape[0] % len(columns):
+        raise ValueError(f"{latents.shape[0]} rows do not divide among stage_ratios {ratios}")
+    results = {}
+    for stage in range(len(ratios)):
+        chosen = [k for k, at in enumerate(columns) if at == stage]
+        if chosen:
+            mine = lambda x, chosen=chosen: _columns(x, len(columns), chosen)
+            results[stage] = terms(stage, mine(latents), jax.tree.map(mine, text), jax.random.fold_in(key, stage))
+    return results
 
 
 def teacher_training(
@@ -142,7 +215,6 @@ def teacher_training(
     """
     models.check()
     tables = [stage_units(models.mmdit, models.video, i, models.text_length) for i in range(models.video.stages)]
-    columns = columns_to_stage(objective.stage_ratios)
     if len(objective.stage_ratios) != len(tables):
         raise ValueError(f"stage_ratios {objective.stage_ratios}: give one for each of {len(tables)} stages")
     roles = {"denoiser": denoiser} | ({} if text is None else {"text": text})
@@ -157,24 +229,12 @@ def teacher_training(
         )
 
     def loss(given: Roles, batch: Batch, key: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        rows = batch["latents"].shape[0]
-        if rows % len(columns):
-            raise ValueError(f"{rows} rows do not divide among stage_ratios {objective.stage_ratios}")
         params = all_params(given)
         conditioning = encode_text(models.text, params, batch, dtype)
+        terms = lambda *row: errors(params, *row)
+        by_stage = each_stage(objective.stage_ratios, batch["latents"], conditioning, key, terms)
         total, metrics = Mean(jnp.zeros(()), jnp.zeros(())), {}
-        for stage, count in enumerate(objective.stage_ratios):
-            if not count:
-                continue
-            chosen = [k for k, at in enumerate(columns) if at == stage]
-            mine = lambda x, chosen=chosen: _columns(x, len(columns), chosen)
-            error = errors(
-                params,
-                stage,
-                mine(batch["latents"]),
-                jax.tree.map(mine, conditioning),
-                jax.random.fold_in(key, stage),
-            )
+        for stage, error in by_stage.items():
             mean = Mean(jnp.sum(error), jnp.float32(error.shape[0]))
             total, metrics[f"loss_stage{stage}"] = total + mean, mean
         return total, metrics
