@@ -242,6 +242,23 @@ def test_training_on_clips_passes_over_damage(tmp_path, capsys):
     assert batch["video"].shape == (8, 5, 16, 16, 3)
 
 
+def test_training_decodes_the_clips_that_fit_in_memory_once(tmp_path, monkeypatch):
+    from nd_jax.data import videos
+
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}.mkv", grey_frames(5), RATE)
+    (tmp_path / "captions.txt").write_text("a.mkv\tone\nb.mkv\ttwo\n")
+    folder = VideoFolder(tmp_path, tmp_path / "captions.txt", 5, HEIGHT, WIDTH, RATE)
+    decoded = []
+    monkeypatch.setattr(videos, "read_clip", lambda path, *rest: decoded.append(path) or read_clip(path, *rest))
+    monkeypatch.setattr(videos, "CACHE_BYTES", 5 * HEIGHT * WIDTH * 3)
+    clips = [folder[k] for k in (0, 1, 0, 1, 0)]
+    # Threads of other tests may still be reading ahead.
+    mine = [path.name for path in decoded if path.parent == tmp_path]
+    assert mine == ["a.mkv", "b.mkv", "b.mkv"]
+    np.testing.assert_array_equal(clips[0]["video"], clips[4]["video"])
+
+
 def test_a_folder_without_any_clip_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"none of 4 captioned videos .*text\.mp4 cannot be opened"):
         folder_of(tmp_path, broken_files(tmp_path))

@@ -22,6 +22,8 @@ from nd_jax.errors import UserError
 # Files that a folder of videos is asked about when some have no caption; a caption may name any file.
 SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .flv .ogv .gif .y4m".split()
 PROBE_THREADS = 8
+# Decoded clips that training keeps: decoding the same few ones at every epoch would take longer than their steps.
+CACHE_BYTES = 1 << 28
 
 # Factors of the released video VAE, to which crops fit.
 TIME_FACTOR, SPACE_FACTOR = 8, 8
@@ -103,6 +105,7 @@ class VideoFolder:
         identity = [self._options, *((c.video, sizes[c.video], c.start, c.caption) for c in self.clips)]
         self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self._told: set[str] = set()
+        self._cache: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -134,12 +137,21 @@ class VideoFolder:
         for step in range(len(self)):
             place = (index + step) % len(self) if step else index
             try:
-                return self.read(place)
+                return self._cached(place)
             except UnreadableVideo as error:
                 if self.clips[place].id not in self._told:
                     self._told.add(self.clips[place].id)
                     print(f"{self.clips[place].id}: {error}; the next clip takes its place", file=sys.stderr)
         raise UserError(f"{self._folder}: none of {len(self)} clips decodes; give other videos")
+
+    def _cached(self, index: int) -> dict[str, Any]:
+        """`read`, from memory where the clip is among the first that fit there."""
+        if index not in self._cache:
+            record = self.read(index)
+            if (len(self._cache) + 1) * record["video"].nbytes > CACHE_BYTES:
+                return record
+            self._cache[index] = record
+        return dict(self._cache[index])
 
     def _starts(self, clips_per_video: int | None):
         """Function of a video's name: the starts of its clips in seconds, or why there are none."""
