@@ -19,6 +19,7 @@ ROWS = (
     ("distill",),
     ("train",),
     ("generate",),
+    ("evals",),
     ("report",),
 )
 RANK = {package: rank for rank, row in enumerate(ROWS) for package in row}

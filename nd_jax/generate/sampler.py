@@ -15,6 +15,9 @@ Sources: `pyramid.schedule` for (1) to (3), `pyramid.history` for (5); `generate
 
 One compiled program serves all units after the first at one stage (`pyramid.units`: the unit is an array, tokens are
 padded to the stage's envelope), and another one the first unit, which has no history. Everything random is an argument.
+
+A rollout can be observed: a function of the residual streams around all blocks is applied to every call of the
+transformer, on the device, and what it gives is kept call by call. Without it nothing of that is in the program.
 """
 
 import contextlib
@@ -22,7 +25,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -33,7 +36,7 @@ from jax.sharding import Mesh
 
 from nd_jax.errors import UserError
 from nd_jax.generate.config import SamplerConfig
-from nd_jax.models.mmdit import PyramidMMDiT
+from nd_jax.models.mmdit import BlockStates, PyramidMMDiT
 from nd_jax.models.text_conditioning import Conditioning
 from nd_jax.pyramid.layout import patchify
 from nd_jax.pyramid.noise import draw_block_noise, latent_pyramid, noise_pyramid, stage_jump
@@ -86,6 +89,9 @@ def draw_noise(keys: jax.Array, config: SamplerConfig, channels: int) -> Rollout
 
 # --- one stage of one unit --------------------------------------------------------------------------------------------
 
+# (states of all blocks, image mask [B, N], text mask [B, T]; True for real tokens) -> arrays with rows on axis 0.
+Observe = Callable[[BlockStates, jax.Array, jax.Array], Any]
+
 
 def run_stage(
     params: dict,
@@ -100,8 +106,9 @@ def run_stage(
     config: SamplerConfig,
     stage: int,
     first: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """Equations 1 to 6 for one stage: (where it ends [B, 1, h, w, C], latents with the unit if it is finished).
+    observe: Observe | None = None,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Equations 1 to 6 for one stage: (where it ends [B, 1, h, w, C], latents, with the unit if it is done, observed).
 
     Args:
       params: of the transformer.
@@ -112,6 +119,8 @@ def run_stage(
       text, negative: of every row; `negative` is None without guidance.
       model, config, stage: of the program.
       first: whether this is unit 0; of the program too.
+      observe: applied to every call; its arrays come as [B, steps, branches, ...], the negative branch first. Of the
+        program too, so give the same function every time. Without it the third result is None.
     """
     video, schedule, finest = config.video, config.schedule, config.video.stages - 1
     steps, guidance = config.unit_settings(first)
@@ -134,7 +143,7 @@ def run_stage(
     geometry = geometry._replace(**shared)
     history = units.clean_history(latent_pyramid(latents, video.stages), jnp.full((x.shape[0],), unit))  # equation 5
 
-    def step(x: jax.Array, entry: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def step(x: jax.Array, entry: tuple[jax.Array, ...]) -> tuple[jax.Array, Any]:
         timestep, sigma, sigma_next = entry
         tokens = jnp.concatenate([history, patchify(x, units.patch_size)], axis=1)
         tokens = tokens if guidance is None else jnp.concatenate([tokens, tokens])
@@ -146,21 +155,28 @@ def run_stage(
             jnp.full((rows,), timestep),
             geometry,
             units.output_tokens,
+            return_block_states=observe is not None,
             current_unseen=not first,
         )
         velocity = units.unpack(out.velocity)
         if guidance is not None:  # equation 4
             unguided, guided = jnp.split(velocity, 2)
             velocity = unguided + guidance * (guided - unguided)
-        return euler_step(x, velocity, sigma, sigma_next), None  # equation 3
+        observed = None
+        if observe is not None:
+            image_mask = jnp.asarray(units.position_index)[jnp.full((rows,), unit)] > 0
+            observed = observe(out.states, image_mask, text.mask > 0)
+        return euler_step(x, velocity, sigma, sigma_next), observed  # equation 3
 
     table = schedule.inference_steps(stage, steps[stage])
     entries = (table.timesteps, table.sigmas[:-1], table.sigmas[1:])
     with nn.logical_axis_rules(RULES):
-        x, _ = jax.lax.scan(step, x, tuple(jnp.asarray(column, jnp.float32) for column in entries))
+        x, observed = jax.lax.scan(step, x, tuple(jnp.asarray(column, jnp.float32) for column in entries))
     if stage == finest:  # equation 6
         latents = jax.lax.dynamic_update_slice_in_dim(latents, x, unit, axis=1)
-    return x, latents
+    branches = rows // x.shape[0]
+    by_row = lambda leaf: jnp.moveaxis(leaf.reshape(len(leaf), branches, -1, *leaf.shape[2:]), 2, 0)
+    return x, latents, jax.tree.map(by_row, observed)
 
 
 @functools.lru_cache
@@ -168,7 +184,7 @@ def stage_program(mesh: Mesh | None = None) -> jax.stages.Wrapped:
     """`run_stage` compiled, with donated latents; rows are split over the mesh's data and fsdp axes."""
     # Stated, because shardings that only mean the same would have the next unit compile again.
     shardings = {} if mesh is None else {"out_shardings": batch_sharding(mesh)}
-    static = ("model", "config", "stage", "first")
+    static = ("model", "config", "stage", "first", "observe")
     return jax.jit(run_stage, static_argnames=static, donate_argnames="latents", **shardings)
 
 
@@ -184,6 +200,7 @@ class StageEnd(NamedTuple):
       sample: where the stage ended, [B, 1, h, w, C].
       latents: [B, T, H, W, C]; the rollout's own array until it goes on, so copy what you keep.
       seconds: of the steps; `compile_seconds` come before them, once per program.
+      observed: what `observe` gave, [B, steps, branches, ...], or None.
     """
 
     unit: int
@@ -193,6 +210,7 @@ class StageEnd(NamedTuple):
     latents: jax.Array
     seconds: float
     compile_seconds: float
+    observed: Any = None
 
 
 def rollout_stages(
@@ -204,8 +222,9 @@ def rollout_stages(
     negative: Conditioning | None = None,
     first_frame: jax.Array | None = None,
     mesh: Mesh | None = None,
+    observe: Observe | None = None,
 ) -> Iterator[StageEnd]:
-    """The rollout, stage by stage; arguments as in `rollout`."""
+    """The rollout, stage by stage; arguments as in `rollout`, and `observe` as in `run_stage`."""
     _check(model, config, text, noise, negative, first_frame)
     rows = noise.initial.shape[0]
     if negative is not None:
@@ -225,15 +244,15 @@ def rollout_stages(
         steps, guidance = config.unit_settings(first)
         for stage in range(config.video.stages):
             arguments = (params, latents, sample, noise, np.int32(unit), text, None if guidance is None else negative)
-            static = dict(model=model, config=config, stage=stage, first=first)
+            static = dict(model=model, config=config, stage=stage, first=first, observe=observe)
             # Not around the `yield`: the caller's own computations have nothing to do with this mesh.
             with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
                 begin = time.perf_counter()
                 program.lower(*arguments, **static).compile()  # Free after the first time, and found by the call.
                 compiled = time.perf_counter()
-                sample, latents = jax.block_until_ready(program(*arguments, **static))
+                sample, latents, observed = jax.block_until_ready(program(*arguments, **static))
                 end = time.perf_counter()
-            yield StageEnd(unit, stage, steps[stage], sample, latents, end - compiled, compiled - begin)
+            yield StageEnd(unit, stage, steps[stage], sample, latents, end - compiled, compiled - begin, observed)
 
 
 def rollout(
