@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.prepare import find_vae
 from nd_jax.errors import UserError
 
 RESULT, PICTURE, VIDEO = "decoder.json", "decoder.png", "decoder-{:02d}.mp4"
@@ -85,20 +86,13 @@ class _Decoder:
         self.decode, self.parameters = decode, parameters
 
 
-def _vae_folder(folder: Path) -> Path:
-    for candidate in (folder, folder / "causal_video_vae"):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise UserError(f"{folder}: holds neither causal_video_vae/config.json nor config.json; give a model folder")
-
-
 def _load(folder: Path) -> tuple[Any, dict]:
     """(module of either class, parameters)."""
     from nd_jax.distill.folders import folder_config
     from nd_jax.weights.folder import load_component
     from nd_jax.weights.vae import ASYMMETRIC_VIDEO_VAE, CAUSAL_VIDEO_VAE
 
-    folder = _vae_folder(folder)
+    folder = find_vae(folder)
     network, _ = folder_config(folder, ASYMMETRIC_VIDEO_VAE, CAUSAL_VIDEO_VAE)
     component = load_component(folder, network, np.float32)
     return network.module(component.config), component.params

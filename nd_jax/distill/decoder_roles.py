@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nd_jax.distill import decoder as method
 from nd_jax.distill.base import Distillation, Params, Role
-from nd_jax.distill.folders import folder_config, folders_hash, text_hash
+from nd_jax.distill.folders import folder_config, folders_hash, text_hash, tuples
 from nd_jax.errors import UserError
 from nd_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from nd_jax.models.lpips import LPIPSConfig
@@ -87,15 +87,11 @@ def _models(config: Mapping[str, Any], loss: method.DecoderLoss) -> method.Decod
     decoder = {f"decoder_{name}": value for name, value in model["decoder"].items()}
     native = model["evaluate_native"] and model["network"] == CAUSAL_VIDEO_VAE.name
     return method.DecoderModels(
-        vae=AsymmetricVideoVAEConfig(**_tuples(encoder | decoder)),
-        native=CausalVideoVAEConfig(**_tuples(model["vae"])) if native else None,
-        lpips=LPIPSConfig(**_tuples(model["lpips_sizes"])) if "lpips_sizes" in model else None,
-        discriminator=DiscriminatorConfig(**_tuples(model["discriminator"])) if loss.adversarial_weight else None,
+        vae=AsymmetricVideoVAEConfig(**tuples(encoder | decoder)),
+        native=CausalVideoVAEConfig(**tuples(model["vae"])) if native else None,
+        lpips=LPIPSConfig(**tuples(model["lpips_sizes"])) if "lpips_sizes" in model else None,
+        discriminator=DiscriminatorConfig(**tuples(model["discriminator"])) if loss.adversarial_weight else None,
     )
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def _student(config: Mapping[str, Any], vae: AsymmetricVideoVAEConfig) -> Role:

@@ -1,7 +1,7 @@
 """What roles read of model folders: configs of the right class, and hashes that name where weights came from."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +31,8 @@ def text_hash(text: str) -> str:
 def folders_hash(folders: Iterable[str | Path]) -> str:
     """SHA-256 (hex) over component folders in their order."""
     return text_hash("".join(component_hash(Path(folder)) for folder in folders))
+
+
+def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes out of a saved config: its lists as the tuples of a frozen dataclass."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from nd_jax.distill.base import Params, Role
-from nd_jax.distill.folders import folder_config, folders_hash
+from nd_jax.distill.folders import folder_config, folders_hash, tuples
 from nd_jax.models import t5
 from nd_jax.models.clip_text import CLIPTextConfig
 from nd_jax.models.context_adapter import ContextAdapterConfig
@@ -44,7 +44,7 @@ def text_encoders(sizes: Mapping[str, Mapping[str, Any]]) -> TextEncoders:
     """
     t5_sizes, adapter = dict(sizes["text_encoder_3"]), None
     if ADAPTER in sizes:
-        adapter = ContextAdapterConfig(**_tuples(sizes[ADAPTER]))
+        adapter = ContextAdapterConfig(**tuples(sizes[ADAPTER]))
         t5_config = t5.DistilT5Config(**t5_sizes | {"encoder": t5.T5Config(**t5_sizes["encoder"])})
     else:
         t5_config = t5.T5Config(**t5_sizes)
@@ -78,7 +78,3 @@ def _networks(encoders: TextEncoders) -> dict[str, tuple[Network, Any]]:
         "text_encoder_3": (networks.DISTIL_T5 if distilled else networks.T5_ENCODER, encoders.text_encoder_3),
     }
     return parts | ({ADAPTER: (networks.CONTEXT_ADAPTER, encoders.context_adapter)} if distilled else {})
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

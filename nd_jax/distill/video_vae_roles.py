@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nd_jax.distill import video_vae as method
 from nd_jax.distill.base import Distillation, Params, Role
-from nd_jax.distill.folders import folder_config, folders_hash, text_hash
+from nd_jax.distill.folders import folder_config, folders_hash, text_hash, tuples
 from nd_jax.errors import UserError
 from nd_jax.models.video_vae import LOGICAL_AXES, CausalVideoVAEConfig
 from nd_jax.weights.folder import load_component
@@ -38,9 +38,7 @@ def video_vae_from_config(config: Mapping[str, Any]) -> Distillation:
       UserError: sizes that do not fit together, or a bad weight of the loss.
     """
     try:
-        vae = CausalVideoVAEConfig(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in config["model"]["vae"].items()}
-        )
+        vae = CausalVideoVAEConfig(**tuples(config["model"]["vae"]))
         loss = method.VideoVAELoss(**config["loss"])
     except (TypeError, ValueError) as error:
         raise UserError(f"config: {error}") from error
