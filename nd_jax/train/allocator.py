@@ -10,12 +10,13 @@ import sys
 
 # Of malloc.h; the values are ints.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
-_LARGEST = 2**31 - 1
+# Blocks add up to more than the largest int: a step of 3 GB of temporaries would give back and zero all of it each time.
+_NEVER = -1
 _TOP_PAD_BYTES = 1 << 28
 
 
 def keep_freed_memory() -> bool:
-    """Keeps up to 2 GiB at the end of the heap instead of giving it back; whether the C library can be told so.
+    """Keeps freed memory at the end of the heap instead of giving it back; whether the C library can be told so.
 
     Call it before the first large allocation, in a process that repeats the same work. The peak of memory is unchanged,
     but is held until the process ends. Other C libraries than glibc are left alone.
@@ -26,5 +27,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     # No blocks outside the heap, and one heap: the others of glibc end at 64 MiB.
-    settings = {_MMAP_MAX: 0, _ARENA_MAX: 1, _TRIM_THRESHOLD: _LARGEST, _TOP_PAD: _TOP_PAD_BYTES}
+    settings = {_MMAP_MAX: 0, _ARENA_MAX: 1, _TRIM_THRESHOLD: _NEVER, _TOP_PAD: _TOP_PAD_BYTES}
     return all([mallopt(name, value) == 1 for name, value in settings.items()])
