@@ -107,6 +107,9 @@ def _run(workdir: Path, name: str, stage: Stage) -> None:
                 f"stage {name} failed with status {status}, see above; run the same command to continue there"
             )
     note["result"] = stage.finish()
+    if isinstance(note["result"], dict) and note["result"].get("interrupted"):
+        # A training that was told to stop saves and ends well, but it is not done.
+        raise UserError(f"stage {name} was interrupted; run the same command to continue there")
     note["seconds"] = time.monotonic() - begin
     write_text(_file(workdir, name), json.dumps(note, indent=2) + "\n")
 

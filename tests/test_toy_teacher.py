@@ -42,6 +42,17 @@ def test_a_stage_of_another_walk_is_refused(tmp_path):
         toy_teacher.main(["--workdir", str(tmp_path), "--only", "wrong"])
 
 
+def test_an_interrupted_training_ends_the_walk(tmp_path):
+    """A training that SIGTERM reached saves and exits with 0: the stages behind it must not take it for done."""
+    result = {"step": 577, "interrupted": True}
+    walked = {"teacher": stages.Stage("train", lambda: dict(result), stages.python("platform"))}
+    with pytest.raises(UserError, match="stage teacher was interrupted; run the same command"):
+        stages.run_stages(tmp_path, walked)
+    result["interrupted"] = False
+    stages.run_stages(tmp_path, walked)
+    assert stages.read_results(tmp_path, walked)["teacher"]["result"] == result
+
+
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     """A folder of random weights, evaluated on two clips."""
