@@ -47,15 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="noise of all prompts (default 0)")
     add("--latents", action="store_true", help="also keep NAME.npy: normalised latents, float32 [T, h, w, C]")
     add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
-    add("--height", type=int, metavar="PIXELS", help="of the video (default 320)")
-    add("--width", type=int, metavar="PIXELS", help="of the video (default 512)")
-    add("--frames", type=int, metavar="N", help="8k + 1 video frames (default 49)")
-    add("--steps", type=_whole_numbers, metavar="A,B,C", help="Euler steps per stage, coarsest first")
-    add("--first-steps", type=_whole_numbers, metavar="A,B,C", help="the same for the first latent frame")
-    add("--guidance", type=_numbers, metavar="A,B", help="of the first latent frame and of the others; 1 is none")
-    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default empty)")
-    add("--transformer", metavar="NAME", help="subfolder of the model, where it has several transformers")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the networks (default bfloat16; float32 on a CPU)")
+    add_sampling_options(parser)
     add("--shard", action="store_true", help="split every batch over all devices")
     args = parser.parse_args(argv)
     if args.batch < 1:
@@ -65,11 +57,49 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _whole_numbers(text: str) -> tuple[int, ...]:
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Options that stand in the place of a model folder's generation.json, and the choice of networks."""
+    add = parser.add_argument
+    add("--height", type=int, metavar="PIXELS", help="of the video (default 320)")
+    add("--width", type=int, metavar="PIXELS", help="of the video (default 512)")
+    add("--frames", type=int, metavar="N", help="8k + 1 video frames (default 49)")
+    add("--steps", type=whole_numbers, metavar="A,B,C", help="Euler steps per stage, coarsest first")
+    add("--first-steps", type=whole_numbers, metavar="A,B,C", help="the same for the first latent frame")
+    add("--guidance", type=numbers, metavar="A,B", help="of the first latent frame and of the others; 1 is none")
+    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from (default empty)")
+    add("--transformer", metavar="NAME", help="subfolder of the model, where it has several transformers")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the networks (default bfloat16; float32 on a CPU)")
+
+
+def open_chosen(args: argparse.Namespace, mode: str | None) -> Any:
+    """The `ModelFolder` with what `add_sampling_options` read; sets the default of `args.dtype`."""
+    import jax
+
+    from nd_jax.generate.model_folder import open_model
+
+    # XLA computes bfloat16 in float32 on a CPU and holds float32 copies of the weights: it would only cost.
+    args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return open_model(
+        args.model,
+        args.transformer,
+        mode=mode,
+        height=args.height,
+        width=args.width,
+        video_frames=args.frames,
+        steps=args.steps,
+        first_steps=args.first_steps,
+        guidance=args.guidance,
+        negative_prompt=args.negative_prompt,
+    )
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Argument type A,B,...: whole numbers."""
     return tuple(int(part) for part in text.split(","))
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+def numbers(text: str) -> tuple[float, ...]:
+    """Argument type A,B,...: numbers."""
     return tuple(float(part) for part in text.split(","))
 
 
@@ -83,26 +113,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
     args = parse(argv)
 
-    import jax
-
     from nd_jax.data.prompts import PromptSource
     from nd_jax.files import write_text
-    from nd_jax.generate.model_folder import open_model
 
-    # XLA computes bfloat16 in float32 on a CPU and holds float32 copies of the weights: it would only cost.
-    args.dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    model = open_model(
-        args.model,
-        args.transformer,
-        mode=args.mode,
-        height=args.height,
-        width=args.width,
-        video_frames=args.frames,
-        steps=args.steps,
-        first_steps=args.first_steps,
-        guidance=args.guidance,
-        negative_prompt=args.negative_prompt,
-    )
+    model = open_chosen(args, args.mode)
     sampler = model.sampler()
     if (args.image is None) == (model.mode == "hybrid"):
         remedy = "give --image, or --mode monolithic" if args.image is None else "leave --image out, or --mode hybrid"

@@ -3,6 +3,7 @@
     python -m experiments.prepare --videos DIR --captions FILE --model DIR --output DIR \
         [--frames 49 --height 320 --width 512 --frame-rate 24 --clips-per-video N]
     python -m experiments.prepare --toy-world COUNT --model DIR --output DIR [--seed N]
+    python -m experiments.prepare --teacher-samples --prompts FILE --model DIR --output DIR   (teacher_samples.py)
 
 The same command continues a run that was interrupted. Several processes share the work: start the command once in
 each, with --num-processes and --process-id and one --output; the last to finish writes latents.json.
@@ -33,6 +34,7 @@ TOY_SIZE = {"frames": 17, "height": 64, "width": 64}
 CALL_PIXELS = 1 << 21
 MAX_BATCH = 8
 COMPONENT = "causal_video_vae"
+TEACHER_SAMPLES = "--teacher-samples"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=".jsonl or .csv with video and caption, or .txt: name, tab, caption",
     )
     parser.add_argument("--toy-world", type=int, metavar="COUNT", help="drawn clips in place of videos and captions")
+    parser.add_argument(
+        TEACHER_SAMPLES,
+        action="store_true",
+        help=f"no videos at all: what the model itself generates from prompts; see {TEACHER_SAMPLES} --help",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the toy world (default 0)")
     parser.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help=f"model folder with {COMPONENT}, or that folder itself"
@@ -95,7 +102,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--process-id", type=int, default=0, help="which one this is, from 0")
     args = parser.parse_args(argv)
     if (args.toy_world is None) == (args.videos is None) or (args.videos is None) != (args.captions is None):
-        parser.error("give --videos with --captions, or --toy-world")
+        parser.error(f"give --videos with --captions, or --toy-world, or {TEACHER_SAMPLES} with --prompts")
     for name, size in (VIDEO_SIZE if args.toy_world is None else TOY_SIZE).items():
         if getattr(args, name) is None:
             setattr(args, name, size)
@@ -221,6 +228,11 @@ def update_normalization(vae: Path, manifest: Any) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
+    argv = sys.argv[1:] if argv is None else argv
+    if TEACHER_SAMPLES in argv:
+        from experiments import teacher_samples
+
+        return teacher_samples.main(argv)
     args = parse(argv)
     clips = open_clips(args)
     for name, reason in clips.skipped:
@@ -252,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     count = encode_missing(args, clips, plan, component)
     rate = count / (time.perf_counter() - begin)
-    return finish(args, clips, plan, vae, config, f"{count} clips at {rate:.3g}/s" if count else "nothing to encode")
+    done = f"{count} clips at {rate:.3g}/s" if count else "nothing to encode"
+    return finish(args.output, plan, config, clips.skipped, done, vae if args.update_normalization else None)
 
 
 def encode_missing(args: argparse.Namespace, clips: Clips, plan: Any, component: Any) -> int:
@@ -282,7 +295,7 @@ def encode_missing(args: argparse.Namespace, clips: Clips, plan: Any, component:
     chunk = args.chunk or min(plan.latent_shape[0], max(1, CALL_PIXELS // (rows * pixels)))
     encode = build_encoder(component.config, component.params, batch, chunk)
     results = read_ahead(read, todo, args.threads, batch + args.threads)
-    with clip_progress(len(todo)) as on_clip:
+    with clip_progress("encode", len(todo)) as on_clip:
         for shard in missing:
             part = islice(results, len(plan.clips(shard)))
             encoded = encode_results(part, encode, batch, on_clip)
@@ -290,37 +303,37 @@ def encode_missing(args: argparse.Namespace, clips: Clips, plan: Any, component:
     return len(todo)
 
 
-def finish(args: argparse.Namespace, clips: Clips, plan: Any, vae: Path, config: Any, done: str) -> int:
-    """Writes the manifest when no shard is missing; says what was done."""
+def finish(
+    output: Path, plan: Any, config: Any, skipped: Sequence[tuple[str, str]], done: str, update: Path | None = None
+) -> int:
+    """Writes the manifest when no shard is missing; says what was done. `update`: the VAE to normalise."""
     from nd_jax.data import latent_shards
     from nd_jax.data.latents import MANIFEST
 
-    missing = [s for s in range(plan.num_shards) if not latent_shards.is_complete(args.output, plan, s)]
+    missing = [s for s in range(plan.num_shards) if not latent_shards.is_complete(output, plan, s)]
     if missing:
-        print(f"{done}; {len(missing)} of {plan.num_shards} shards are left to other processes: {args.output}")
+        print(f"{done}; {len(missing)} of {plan.num_shards} shards are left to other processes: {output}")
         return 0
-    manifest = latent_shards.summarize(args.output, plan, config.latent_shift, config.latent_scale, clips.skipped)
-    if args.update_normalization:
-        manifest = update_normalization(vae, manifest)
-        print(f"normalisation {manifest.latent_shift}, {manifest.latent_scale}: {vae / 'config.json'}")
-    latent_shards.write_manifest(args.output, manifest)
+    manifest = latent_shards.summarize(output, plan, config.latent_shift, config.latent_scale, skipped)
+    if update:
+        manifest = update_normalization(update, manifest)
+        print(f"normalisation {manifest.latent_shift}, {manifest.latent_scale}: {update / 'config.json'}")
+    latent_shards.write_manifest(output, manifest)
     left_out = f", {len(manifest.skipped)} inputs left out" if manifest.skipped else ""
-    print(
-        f"{done}; {manifest.num_records} records in {len(manifest.shards)} shards{left_out}: {args.output / MANIFEST}"
-    )
+    print(f"{done}; {manifest.num_records} records in {len(manifest.shards)} shards{left_out}: {output / MANIFEST}")
     return 0
 
 
 @contextlib.contextmanager
-def clip_progress(total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal; yields a function to call after every clip."""
+def clip_progress(name: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal; yields a function to call after every clip, or with the part of one that is done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("encode"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("encode", total=total)
-        yield lambda: bar.advance(task)
+        task = bar.add_task(name, total=total)
+        yield lambda done=1: bar.advance(task, done)
 
 
 if __name__ == "__main__":
