@@ -34,11 +34,11 @@ def stages(args: argparse.Namespace) -> Stages:
         source, measured = ["--toy-world", TRAINING_CLIPS, "--seed", args.seed], ["--toy-world", HELD_OUT_CLIPS]
         data = [f"--config.data.toy_clips={TRAINING_CLIPS}"]
     else:
-        source = ["--videos", args.videos, "--captions", args.captions, "--frame-rate", FRAME_RATE]
+        source = ["--videos", args.videos, "--captions", args.captions, "--frame-rate", args.frame_rate]
         measured = source
         source = [*source, "--frames", 17, "--height", 64, "--width", 64]
         data = [f"--config.data.videos={args.videos}", f"--config.data.captions={args.captions}"]
-        data += ["--config.data.toy_clips=0", f"--config.data.frame_rate={FRAME_RATE}"]
+        data += ["--config.data.toy_clips=0", f"--config.data.frame_rate={args.frame_rate}"]
     latents = python("experiments.prepare", *source, "--model", vae, "--output", work / "latents")
     given = [f"--config.seed={args.seed}", f"--config.model.folder={vae}", f"--config.data.latents={work / 'latents'}"]
     given += [*data, *args.train]
@@ -121,6 +121,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of training (default 0)")
     add("--videos", type=Path, metavar="DIR", help="train on these videos in the place of the toy world")
     add("--captions", type=Path, metavar="FILE", help="captions file that selects among the videos")
+    text = f"of clips of --videos, per second (default {FRAME_RATE})"
+    add("--frame-rate", type=float, default=FRAME_RATE, metavar="F", help=text)
     add("--train", action="append", default=[], metavar="ARG", help="further argument of the training")
     add_arguments(parser, NAMES)
     return parser.parse_args(argv)

@@ -25,7 +25,7 @@ from nd_jax.files import write_text
 
 VAE_CONFIG = "experiments/configs/video_vae.py:tiny"
 TEACHER_CONFIG = "experiments/configs/teacher.py:tiny"
-TRAINING_CLIPS = 6000
+TRAINING_CLIPS = 8000
 GENERATION = {
     "height": 64,
     "width": 64,
@@ -51,6 +51,7 @@ class Walk:
       compare: also train with the wrong objective.
       train: further arguments of the transformer's training.
       train_vae: further arguments of the VAE's training.
+      frame_rate: of clips that are cut out of videos, per second.
     """
 
     workdir: Path
@@ -61,6 +62,12 @@ class Walk:
     compare: bool
     train: tuple[str, ...] = ()
     train_vae: tuple[str, ...] = ()
+    frame_rate: float = GENERATION["frame_rate"]
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What generation.json says."""
+        return GENERATION | {"frame_rate": self.frame_rate}
 
 
 def stages(walk: Walk) -> Stages:
@@ -73,9 +80,9 @@ def stages(walk: Walk) -> Stages:
     else:
         source = ["--videos", walk.videos, "--captions", walk.captions]
         flags = {"--frames": "video_frames", "--height": "height", "--width": "width", "--frame-rate": "frame_rate"}
-        size = [text for flag, key in flags.items() for text in (flag, GENERATION[key])]
+        size = [text for flag, key in flags.items() for text in (flag, walk.generation[key])]
         vae_source = [f"--config.data.videos={walk.videos}", f"--config.data.captions={walk.captions}"]
-        vae_source += ["--config.data.toy_clips=0", f"--config.data.frame_rate={GENERATION['frame_rate']}"]
+        vae_source += ["--config.data.toy_clips=0", f"--config.data.frame_rate={walk.frame_rate}"]
     train = lambda config, folder, *given: python(
         "experiments.train", "--config", config, "--workdir", work / folder, f"--config.seed={walk.seed}", *given
     )
@@ -161,7 +168,7 @@ def measures(walk: Walk, prefix: str) -> Stages:
 def complete_folder(walk: Walk, model: Path) -> dict[str, Any]:
     """Adds the VAE and generation.json to an exported transformer: a whole model folder. Returns its sizes."""
     shutil.copytree(walk.workdir / "vae_model" / "causal_video_vae", model / "causal_video_vae", dirs_exist_ok=True)
-    write_text(model / "generation.json", json.dumps(GENERATION, indent=2) + "\n")
+    write_text(model / "generation.json", json.dumps(walk.generation, indent=2) + "\n")
     return _sizes(model)
 
 
@@ -213,6 +220,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--clips", type=int, default=TRAINING_CLIPS, help=f"toy clips to train on (default {TRAINING_CLIPS})")
     add("--videos", type=Path, metavar="DIR", help="train on these videos in the place of the toy world")
     add("--captions", type=Path, metavar="FILE", help="their captions, see experiments.prepare")
+    rate = GENERATION["frame_rate"]
+    add(
+        "--frame-rate", type=float, default=rate, metavar="F", help=f"of clips of --videos, per second (default {rate})"
+    )
     add("--compare", action="store_true", help="also train with the wrong objective (independent noise per stage)")
     add("--train", action="append", default=[], metavar="ARG", help="further argument of the transformer's training")
     add("--train-vae", action="append", default=[], metavar="ARG", help="further argument of the VAE's training")
@@ -228,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.workdir.mkdir(parents=True, exist_ok=True)
     walk = Walk(
         *(args.workdir, args.seed, args.clips, args.videos, args.captions, args.compare),
-        *(tuple(args.train), tuple(args.train_vae)),
+        *(tuple(args.train), tuple(args.train_vae), args.frame_rate),
     )
     walked = stages(walk)
     for name in (args.only, args.start):

@@ -4,7 +4,7 @@
     python -m experiments.train --config experiments/configs/teacher.py:tiny --workdir runs/teacher \
         --config.data.latents=latents
 
-tiny   2 CPU cores, under an hour: 8 blocks of width 96 with their own small text networks, which train too, on clips of
+tiny   2 CPU cores, an hour: 8 blocks of width 96 with their own small text networks, which train too, on clips of
        the toy world; `python -m experiments.toy_teacher` runs everything from the VAE to the model folder.
 full   Pyramid-Flow's sizes: 24 blocks of width 1536, frozen T5-XXL and CLIPs in bfloat16 in the step. Needs
            --config.data.latents=...            folder written by experiments.prepare
@@ -62,7 +62,7 @@ def _tiny() -> ConfigDict:
     }
     config.update(
         {
-            "num_steps": 6000,
+            "num_steps": 11_000,
             "batch_size": 96,
             "log_every": 20,
             "eval_every": 500,
