@@ -1,4 +1,4 @@
-"""PyTorch's own weight files (`.pt`, `.pth`, `.bin`) as tensor sources.
+"""PyTorch's own weight files (`.pt`, `.pth`, `.pth.tar`, `.bin`) as tensor sources.
 
 Files are loaded with `weights_only=True`: tensors and plain containers, never code. Memory maps keep the tensors on
 disk until they are read.
@@ -19,7 +19,8 @@ from nd_jax.errors import UserError
 from nd_jax.weights.safetensors_io import SafetensorsFile
 from nd_jax.weights.sources import TensorSource, find_weights, open_sharded, open_source
 
-SUFFIXES = (".bin", ".pt", ".pth")
+# Training scripts call checkpoints `.pth.tar`, which are no tar archives.
+SUFFIXES = (".bin", ".pt", ".pth", ".pth.tar")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 # What PyTorch's reader raises on bytes that are no file of its own.
 UNREADABLE = (
@@ -34,6 +35,7 @@ UNREADABLE = (
     struct.error,
 )
 PREFIX = "module."  # of torch.nn.DataParallel and DistributedDataParallel
+AIMET_WRAPPER = "._module_to_wrap."  # of the layers in a QuantizationSimModel of AIMET 1
 
 
 def import_torch_package() -> Any:
@@ -139,7 +141,8 @@ class TorchFile:
 
 
 def unwrap(value: Any, tensor_type: type, path: Path) -> dict[str, Any]:
-    """The state dict inside a loaded file: taken out of one known wrapper, and without the parallel wrappers' prefix.
+    """The state dict inside a loaded file: taken out of one known wrapper, and without what wrappers of
+    modules add to the keys.
 
     Raises:
       UserError: none is found, or several are.
@@ -155,9 +158,8 @@ def unwrap(value: Any, tensor_type: type, path: Path) -> dict[str, Any]:
     others = [str(name) for name, item in value.items() if not isinstance(item, tensor_type)]
     if others:
         raise UserError(f"{path}: entries that are no tensors ({', '.join(others[:10])}); save `model.state_dict()`")
-    if all(key.startswith(PREFIX) for key in value):
-        return {key.removeprefix(PREFIX): tensor for key, tensor in value.items()}
-    return dict(value)
+    prefix = PREFIX if all(key.startswith(PREFIX) for key in value) else ""
+    return {key.removeprefix(prefix).replace(AIMET_WRAPPER, "."): tensor for key, tensor in value.items()}
 
 
 def open_any_source(path: Path) -> TensorSource:
@@ -184,6 +186,6 @@ def _open_file(path: Path) -> TensorSource:
         return open_sharded(path, _open_file)
     if path.suffix == ".safetensors":
         return SafetensorsFile(path)
-    if path.suffix in SUFFIXES:
+    if path.name.endswith(SUFFIXES):
         return TorchFile(path)
     raise UserError(f"{path}: not a weights file; known are .safetensors, {', '.join(SUFFIXES)}")

@@ -2,12 +2,19 @@
 
     python -m experiments.evaluate toy-world --model DIR --output DIR [--clips 200] [--seed 1000]
     python -m experiments.evaluate decoder --student DIR --native DIR --toy-world 64 --output DIR
+    python -m experiments.evaluate rollouts --teacher DIR --student DIR [DIR ...] --prompts FILE --output DIR
+    python -m experiments.evaluate velocity --run DIR --student DIR [DIR ...] --output DIR
+    python -m experiments.evaluate steps --run DIR --output DIR
 
 toy-world   makes a clip for every caption of a toy world that training never saw and reads colour, shape, direction and
             speed back (nd_jax/data/toy_checker.py): accuracy with 95 % intervals beside chance, a Frechet distance to
             drawn clips, and a picture of the first ones. For models that were trained on the toy world.
 decoder     decodes the latents of clips by a tiny decoder and by the one that it stands in for: PSNR, SSIM, flicker
             and, with its weights, LPIPS; a picture and videos with all of them side by side.
+rollouts    samples with a teacher and its students from the same noise: cosine and SNR of the latents for every latent
+            frame and stage, a report, and a picture with all of them side by side.
+velocity    errors of transformers on the held-out states of a training of `prune`.
+steps       a picture of what student, teacher and fake model of a training of `steps` make of the same held-out rows.
 """
 
 import argparse
@@ -18,7 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import evaluate_decoder
+from experiments import evaluate_decoder, evaluate_rollouts, evaluate_steps, evaluate_velocity
+from experiments.generate import numbers, whole_numbers
 from nd_jax.errors import UserError, run_command
 
 RESULT, STRIPS = "toy_world.json", "strips.png"
@@ -40,6 +48,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = toy.add_argument
     add("--model", required=True, type=Path, metavar="DIR", help="model folder in the released layout")
     add("--output", required=True, type=Path, metavar="DIR", help=f"{RESULT}, {STRIPS} and clip-*.mp4 go here")
+    what = "transformer in the place of the model's, or a folder with one"
+    add("--transformer", type=Path, metavar="DIR", help=what)
+    add("--steps", type=whole_numbers, metavar="A,B,C", help="of all latent frames (default: generation.json's)")
+    add("--guidance", type=numbers, metavar="A,B", help="of the first latent frame and of the others; 1 is none")
     add("--clips", type=int, default=200, metavar="N", help="how many (default 200)")
     add("--seed", type=int, default=1000, help="of captions and noise (default 1000)")
     add("--batch", type=int, default=50, metavar="N", help="clips at once (default 50)")
@@ -50,6 +62,27 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     evaluate_decoder.add_arguments(decoder)
+    rollouts = commands.add_parser(
+        "rollouts",
+        help="how far are students' latents from a teacher's?",
+        description="Sample with a teacher and its students from the same noise, and compare latents.",
+        allow_abbrev=False,
+    )
+    evaluate_rollouts.add_arguments(rollouts)
+    velocity = commands.add_parser(
+        "velocity",
+        help="what are the errors of transformers on held-out states?",
+        description="Measure transformers on the held-out states of a training of `prune`.",
+        allow_abbrev=False,
+    )
+    evaluate_velocity.add_arguments(velocity)
+    steps = commands.add_parser(
+        "steps",
+        help="what do student, teacher and fake model make of the same rows?",
+        description="Draw predictions of a training of `steps` side by side.",
+        allow_abbrev=False,
+    )
+    evaluate_steps.add_arguments(steps)
     return parser.parse_args(argv)
 
 
@@ -71,7 +104,9 @@ def toy_world(args: argparse.Namespace) -> dict[str, Any]:
     if args.clips < 2:
         raise UserError(f"--clips is {args.clips}: use 2 or more")
     begin = time.perf_counter()
-    model = open_model(args.model, mode="monolithic")
+    transformer = None if args.transformer is None else str(evaluate_rollouts.find_transformer(args.transformer))
+    chosen = {"steps": args.steps, "first_steps": args.steps, "guidance": args.guidance}
+    model = open_model(args.model, transformer, mode="monolithic", **chosen)
     try:  # Before the work, not behind it.
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -93,6 +128,7 @@ def toy_world(args: argparse.Namespace) -> dict[str, Any]:
     drawn = np.stack([features(world[k]["video"]) for k in range(args.clips)])
     result = {
         "model": str(args.model),
+        "transformer": str(args.transformer or model.parts["transformer"]),
         "clips": args.clips,
         "seed": args.seed,
         "sampler": {name: getattr(sampler, name) for name in ("first_steps", "steps", "first_guidance", "guidance")},
@@ -134,6 +170,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{n} {result[n]['psnr_db']['mean']:.2f} dB, SSIM {result[n]['ssim']['mean']:.3f}" for n in names
         )
         print(f"{result['clips']} clips: {shown}: {args.output / evaluate_decoder.RESULT}")
+        return 0
+    if args.command == "rollouts":
+        result = evaluate_rollouts.evaluate_rollouts(args)
+        shown = "; ".join(
+            f"{name} cosine {evaluate_rollouts.mean_and_spread(found['video_cosine'], 3)}"
+            for name, found in result["students"].items()
+        )
+        print(f"{result['prompts']} prompts: {shown}: {args.output / evaluate_rollouts.REPORT}")
+        return 0
+    if args.command == "velocity":
+        result = evaluate_velocity.evaluate_velocity(args)
+        shown = "; ".join(f"{name} {found['velocity_error']:.4f}" for name, found in result["models"].items())
+        print(f"velocity error of {result['rows']} rows: {shown}: {args.output / evaluate_velocity.RESULT}")
+        return 0
+    if args.command == "steps":
+        result = evaluate_steps.evaluate_steps(args)
+        shown = ", ".join(result["columns"])
+        print(f"step {result['step']}: {shown}: {args.output / evaluate_steps.PICTURE}")
         return 0
     result = toy_world(args)
     rates = ", ".join(

@@ -27,7 +27,7 @@ from nd_jax.weights import networks
 from nd_jax.weights.networks import Network
 from nd_jax.weights.safetensors_io import SafetensorsFile
 from nd_jax.weights.sources import read_json
-from tests import golden_mmdit, golden_pyramid, golden_rollout, golden_vae
+from tests import golden_first_frame, golden_mmdit, golden_pyramid, golden_rollout, golden_vae
 from tests.golden_kinds import Arrays, Kind, tensors
 
 # Numbers that the JSON states in full; what is left is the order of a float64 sum.
@@ -104,6 +104,7 @@ KINDS = (
     *golden_mmdit.KINDS,
     *golden_vae.KINDS,
     *golden_rollout.KINDS,
+    *golden_first_frame.KINDS,
 )
 
 

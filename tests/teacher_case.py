@@ -1,14 +1,18 @@
-"""The smallest teacher run: config and cached latents for tests."""
+"""The smallest teacher run: config, cached latents and a model folder for tests."""
 
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.config_file import load_config, plain
 from nd_jax.data import latent_shards
 from nd_jax.data.latents import encode_record
+from nd_jax.data.tokenizers import build_unigram_tokenizer
 from nd_jax.data.toy_prompts import toy_prompts
+from nd_jax.distill import registry
+from nd_jax.weights.folder import save_component
 
 CONFIG = str(Path(__file__).parent.parent / "experiments" / "configs" / "teacher.py") + ":tiny"
 SHAPE = (3, 8, 8, 2)
@@ -75,3 +79,20 @@ def write_latents(folder: Path, count: int = 60) -> Path:
         latent_shards.write_shard(folder, plan, shard, [records[k] for k in plan.clips(shard)])
     latent_shards.write_manifest(folder, latent_shards.summarize(folder, plan, (0.0, 0.0), (1.0, 1.0), ()))
     return folder
+
+
+def write_model(root: Path, blocks: int) -> Path:
+    """A model folder of a random teacher (all gates open) with its text networks and tokenizers, below `root`, where
+    `root / "latents"` has latents for it."""
+    rng = np.random.default_rng(0)
+    config = registry.resolve_config(
+        tiny_config(**{"data.latents": str(root / "latents"), "model.mmdit.num_layers": blocks})
+    )
+    method = registry.build_method(config)
+    draw = lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32)
+    params = jax.tree.map(draw, method.roles["denoiser"].abstract)
+    for name, (network, sizes, tree) in method.deploy({"denoiser": params}).items():
+        save_component(root / "teacher" / name, network, sizes, tree)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        build_unigram_tokenizer(toy_prompts(60, seed=1), 128, root / "teacher" / name)
+    return root / "teacher"

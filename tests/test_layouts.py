@@ -26,6 +26,8 @@ LAYOUTS = Path(__file__).parent / "layouts"
         ("pyramid_flow_mmdit_teacher", networks.PYRAMID_FLOW_MMDIT, 2_028_334_144),
         ("asymmetric_causal_video_vae", networks.ASYMMETRIC_VIDEO_VAE, 119_543_507),
         ("pyramid_flow_causal_video_vae", networks.CAUSAL_VIDEO_VAE, 335_402_067),
+        ("ssd1b_unet", networks.UNET, 1_331_334_404),
+        ("sdxl_autoencoder_kl", networks.AUTOENCODER_KL, 83_653_863),
     ],
 )
 def test_keys_shapes_and_totals(name, network, parameters):
@@ -63,8 +65,11 @@ def test_halves_of_the_video_vae(name, network, decoder):
 
 
 def test_written_configs_are_read_back_as_the_same():
+    # The settings without which these classes are others than ours.
+    needed = {name: {"feed_forward_proj": "gated-gelu"} for name in ("t5_encoder", "distil_t5")}
+    needed["unet"] = json.loads((LAYOUTS / "ssd1b_unet.json").read_text(encoding="utf-8"))["config_kwargs"]
     for network in networks.NETWORKS:
-        config = network.read_config({"feed_forward_proj": "gated-gelu"})
+        config = network.read_config(needed.get(network.name, {}))
         written = json.loads(json.dumps(network.write_config(config)))
         assert network.read_config(written) == config
         whole = networks.network_of(written, "x")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from nd_jax.data.frames import FrameTransform
 from nd_jax.data.latent_clips import LatentClips, LatentClipTransform
 from nd_jax.data.latents import LatentSource, LatentTransform
 from nd_jax.data.loader import Batches, EvalBatches, LoaderOptions
@@ -64,24 +65,34 @@ def _prompt_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, Eva
 
 
 def _latent_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, EvalBatches]:
-    data, model = config["data"], config["model"]
+    data = config["data"]
     source = LatentSource(data["latents"])
     train, held_out = split_train_eval(len(source), data["eval_fraction"], config["seed"])
     folders = tokenizer_folders(config, workdir)
     if not data["tokenizers"]:
         _build_tokenizers((source[int(i)]["caption"] for i in train), data["tokenizer_vocab"], folders)
-    tokenize = {
-        column: Tokenize(_load_tokenizer(folders[name], _vocab_size(model[encoder])), data[length])
-        for column, name, encoder, length in (
+    tokenize = latent_tokenizers(config, workdir)
+    transform = LatentTransform(source.manifest.latent_shift, source.manifest.latent_scale, **tokenize)
+    dropping = dataclasses.replace(transform, caption_dropout=data["caption_dropout"])
+    options = _options(config)
+    return Batches(source, dropping, options, train), EvalBatches(source, transform, options, held_out)
+
+
+def latent_tokenizers(config: Mapping[str, Any], workdir: Path) -> dict[str, Tokenize]:
+    """The three tokenizers of `LatentTransform`, under the names of its arguments.
+
+    Raises:
+      UserError: a folder is none of a tokenizer, or holds more tokens than its text encoder.
+    """
+    data, model, folders = config["data"], config["model"], tokenizer_folders(config, workdir)
+    return {
+        argument: Tokenize(_load_tokenizer(folders[name], _vocab_size(model[encoder])), data[length])
+        for argument, name, encoder, length in (
             ("tokenize", T5_TOKENIZER, "text_encoder_3", "max_length"),
             ("clip_tokenize", CLIP_TOKENIZERS[0], "text_encoder", "clip_max_length"),
             ("clip_2_tokenize", CLIP_TOKENIZERS[1], "text_encoder_2", "clip_max_length"),
         )
     }
-    transform = LatentTransform(source.manifest.latent_shift, source.manifest.latent_scale, **tokenize)
-    dropping = dataclasses.replace(transform, caption_dropout=data["caption_dropout"])
-    options = _options(config)
-    return Batches(source, dropping, options, train), EvalBatches(source, transform, options, held_out)
 
 
 def _clip_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, EvalBatches]:
@@ -105,6 +116,16 @@ def _decoder_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, Ev
     cut, whole = (LatentClipTransform(**sizes(name)) for name in ("crop", "eval_crop"))
     options = _options(config)
     return Batches(source, cut, options, train), EvalBatches(source, whole, options, held_out)
+
+
+def _frame_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, EvalBatches]:
+    data = config["data"]
+    source = _clips(data, config["seed"])
+    train, held_out = split_train_eval(len(source), data["eval_fraction"], config["seed"])
+    cut, whole = (FrameTransform(**{k: v or None for k, v in data[name].items()}) for name in ("crop", "eval_crop"))
+    options = _options(config)
+    flipping = dataclasses.replace(cut, flips=data["flips"])
+    return Batches(source, flipping, options, train), EvalBatches(source, whole, options, held_out)
 
 
 def _clips(data: Mapping[str, Any], seed: int) -> ToyWorld | VideoFolder:
@@ -167,6 +188,8 @@ DATA = {
     "text_encoder": _prompt_data,
     "teacher": _latent_data,
     "prune": _latent_data,
+    "steps": _latent_data,
     "video_vae": _clip_data,
     "decoder": _decoder_data,
+    "super_resolution": _frame_data,
 }

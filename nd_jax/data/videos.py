@@ -206,15 +206,29 @@ class ClipTransform:
                 raise UserError(f"{name} {size} does not fit the video VAE: use a multiple of {SPACE_FACTOR}")
 
     def __call__(self, record: Mapping[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
-        video = record["video"]
-        for axis, wanted in enumerate((self.video_frames, self.height, self.width)):
-            if wanted is None:
-                continue
-            if wanted > video.shape[axis]:
-                raise UserError(
-                    f"a clip of {'x'.join(map(str, video.shape[:3]))} (frames x height x width) has no part of "
-                    f"{wanted} along its axis {axis}; read larger clips or train on smaller parts"
-                )
-            first = int(rng.integers(video.shape[axis] - wanted + 1))
-            video = video.take(range(first, first + wanted), axis)
-        return {"video": video.astype(np.float32) / np.float32(127.5) - np.float32(1)}
+        video = random_part(record["video"], (self.video_frames, self.height, self.width), rng)
+        return {"video": symmetric_floats(video)}
+
+
+def random_part(video: np.ndarray, sizes: tuple[int | None, ...], rng: np.random.Generator) -> np.ndarray:
+    """A part of a clip [F, H, W, ...] at a random place; a size of None is the whole axis.
+
+    Raises:
+      UserError: the clip is smaller than the part.
+    """
+    for axis, wanted in enumerate(sizes):
+        if wanted is None:
+            continue
+        if wanted > video.shape[axis]:
+            raise UserError(
+                f"a clip of {'x'.join(map(str, video.shape[:3]))} (frames x height x width) has no part of "
+                f"{wanted} along its axis {axis}; read larger clips or train on smaller parts"
+            )
+        first = int(rng.integers(video.shape[axis] - wanted + 1))
+        video = video.take(range(first, first + wanted), axis)
+    return video
+
+
+def symmetric_floats(video: np.ndarray) -> np.ndarray:
+    """uint8 -> float32 in [-1, 1]."""
+    return video.astype(np.float32) / np.float32(127.5) - np.float32(1)

@@ -75,11 +75,13 @@ class Distillation:
     Attributes:
       roles: name -> role.
       losses: trained role -> loss(roles, batch, key) -> (loss, metrics). The trainer differentiates it with respect to
-        the trainable parameters of that role alone; a loss is a sum with its weight, never a mean of means.
+        the trainable parameters of that role alone; a loss is a sum with its weight, never a mean of means. The batch
+        has `step` (int32 [], steps done) beside the columns of the data.
       schedule: which role is updated at step k: `schedule[k % len(schedule)]`.
       evaluate: (roles, batch) -> metrics on held-out data.
       summarize: metric means of a whole evaluation -> the numbers that are logged.
       deploy: roles -> {component: (network, config, parameters)}, what an export writes to a model folder.
+      limits: name of a summarised metric -> (lowest, highest) that a sound run may show; outside of them it is stopped.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Distillation:
     evaluate: Callable[[Roles, Batch], dict[str, Mean]]
     summarize: Callable[[dict[str, float]], dict[str, float]]
     deploy: Callable[[Roles], dict[str, tuple[Any, Any, Params]]]
+    limits: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         trained = {name for name, role in self.roles.items() if not role.frozen}

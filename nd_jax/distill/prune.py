@@ -158,13 +158,11 @@ def recovery_training(
         return jax.lax.stop_gradient(encode_text(models.text, given[TEXT], batch, dtype))
 
     def recovery_loss(given: Roles, batch: Batch, key: jax.Array) -> tuple[Mean, dict[str, Mean]]:
-        by_stage = each_stage(
-            objective.stage_ratios,
-            batch["latents"],
-            encode(given, batch),
-            key,
-            lambda stage, latents, text, key: stage_terms(given, text, latents, tables[stage], key),
-        )
+        def of_stage(stage: int, rows: tuple[jax.Array, Conditioning], key: jax.Array) -> dict[str, jax.Array]:
+            latents, text = rows
+            return stage_terms(given, text, latents, tables[stage], key)
+
+        by_stage = each_stage(objective.stage_ratios, (batch["latents"], encode(given, batch)), key, of_stage)
         over_rows = lambda per_row: Mean(jnp.sum(per_row), jnp.float32(per_row.shape[0]))
         names = list(next(iter(by_stage.values())))
         parts = {name: sum_of([over_rows(stage[name]) for stage in by_stage.values()]) for name in names}

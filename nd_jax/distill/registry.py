@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nd_jax.distill import decoder_roles, prune_roles, teacher_roles, text_encoder_roles, video_vae_roles
+from nd_jax.distill import (
+    decoder_roles,
+    prune_roles,
+    steps_roles,
+    super_resolution_roles,
+    teacher_roles,
+    text_encoder_roles,
+    video_vae_roles,
+)
 from nd_jax.distill.base import Distillation
 from nd_jax.errors import UserError
 
@@ -13,7 +21,9 @@ METHODS = {
     "teacher": (teacher_roles.resolve_config, teacher_roles.teacher_from_config),
     "decoder": (decoder_roles.resolve_config, decoder_roles.decoder_from_config),
     "prune": (prune_roles.resolve_config, prune_roles.prune_from_config),
+    "steps": (steps_roles.resolve_config, steps_roles.steps_from_config),
     "video_vae": (video_vae_roles.resolve_config, video_vae_roles.video_vae_from_config),
+    "super_resolution": (super_resolution_roles.resolve_config, super_resolution_roles.super_resolution_from_config),
 }
 
 

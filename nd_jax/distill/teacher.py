@@ -119,6 +119,11 @@ def draw_stage_batch(
     unit = jax.random.randint(unit_key, latents.shape[:1], 0, latents.shape[1])
     randomness = draw_unit_randomness(state_key, units, latents.shape, objective.coupling)
     state = unit_state(schedule, units, latents, unit, randomness, objective.corruption_ratio)
+    return stage_batch(units, unit, text_mask, state)
+
+
+def stage_batch(units: StageUnits, unit: jax.Array, text_mask: jax.Array, state: UnitState) -> StageBatch:
+    """A state of units [B] with what the transformer needs to know about its tokens."""
     return StageBatch(state, units.geometry(unit, text_mask), jnp.asarray(units.position_index)[unit] > 0)
 
 
@@ -172,26 +177,29 @@ def stage_error(
 
 
 def each_stage(
-    ratios: tuple[int, ...],
-    latents: jax.Array,
-    text: Conditioning,
-    key: jax.Array,
-    terms: Callable[[int, jax.Array, Conditioning, jax.Array], Any],
+    ratios: tuple[int, ...], rows: Any, key: jax.Array, terms: Callable[[int, Any, jax.Array], Any]
 ) -> dict[int, Any]:
-    """What `terms(stage, latents, text, key)` gives for the rows of every stage; rows go to stages as `ratios` say.
+    """What `terms(stage, rows, key)` gives for the rows of every stage; rows go to stages as `ratios` say.
+
+    Args:
+      ratios: of the stages.
+      rows: any tree of arrays with rows on axis 0.
+      key: stage k gets `fold_in(key, k)`.
+      terms: called once for every stage that has rows.
 
     Raises:
       ValueError: the rows do not divide among the ratios.
     """
     columns = columns_to_stage(ratios)
-    if latents.shape[0] % len(columns):
-        raise ValueError(f"{latents.shape[0]} rows do not divide among stage_ratios {ratios}")
+    count = jax.tree.leaves(rows)[0].shape[0]
+    if count % len(columns):
+        raise ValueError(f"{count} rows do not divide among stage_ratios {ratios}")
     results = {}
     for stage in range(len(ratios)):
         chosen = [k for k, at in enumerate(columns) if at == stage]
         if chosen:
             mine = lambda x, chosen=chosen: _columns(x, len(columns), chosen)
-            results[stage] = terms(stage, mine(latents), jax.tree.map(mine, text), jax.random.fold_in(key, stage))
+            results[stage] = terms(stage, jax.tree.map(mine, rows), jax.random.fold_in(key, stage))
     return results
 
 
@@ -231,8 +239,8 @@ def teacher_training(
     def loss(given: Roles, batch: Batch, key: jax.Array) -> tuple[Mean, dict[str, Mean]]:
         params = all_params(given)
         conditioning = encode_text(models.text, params, batch, dtype)
-        terms = lambda *row: errors(params, *row)
-        by_stage = each_stage(objective.stage_ratios, batch["latents"], conditioning, key, terms)
+        terms = lambda stage, rows, key: errors(params, stage, *rows, key)
+        by_stage = each_stage(objective.stage_ratios, (batch["latents"], conditioning), key, terms)
         total, metrics = Mean(jnp.zeros(()), jnp.zeros(())), {}
         for stage, error in by_stage.items():
             mean = Mean(jnp.sum(error), jnp.float32(error.shape[0]))

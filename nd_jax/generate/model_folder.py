@@ -162,7 +162,8 @@ def open_model(folder: Path, transformer: str | None = None, **changes: Any) -> 
 
     Args:
       folder: the folder.
-      transformer: subfolder of the transformer, where the folder holds several that the mode does not tell apart.
+      transformer: subfolder of the transformer, where the folder holds several that the mode does not tell apart; or
+        the absolute path of one that takes its place, such as a pruned one.
       **changes: entries of `GenerationSettings` to put in the place of the folder's; None changes nothing.
 
     Raises:
@@ -177,7 +178,7 @@ def open_model(folder: Path, transformer: str | None = None, **changes: Any) -> 
     distilled = text_3 is networks.DISTIL_T5
     settings = dataclasses.replace(settings, mode=settings.mode or ("hybrid" if distilled else "monolithic"))
 
-    parts = {"transformer": transformer or _transformer(folder, settings.mode), "vae": VAE}
+    parts = {"transformer": transformer or find_transformer(folder, settings.mode), "vae": VAE}
     clips = [read_config(folder / name, networks.CLIP_TEXT)[1] for name in ("text_encoder", "text_encoder_2")]
     adapter = None
     if distilled:
@@ -208,8 +209,12 @@ def open_model(folder: Path, transformer: str | None = None, **changes: Any) -> 
     return ModelFolder(folder, parts, text, mmdit, network, vae, vae_network, settings)
 
 
-def _transformer(folder: Path, mode: str) -> str:
-    """The subfolder of the transformer for a mode."""
+def find_transformer(folder: Path, mode: str) -> str:
+    """The subfolder of the transformer for a mode.
+
+    Raises:
+      UserError: there is none, or several of which none is the mode's.
+    """
     preferred = [TRANSFORMER + MULTISTEP] if mode == "monolithic" else []
     for name in (*preferred, TRANSFORMER):
         if (folder / name).is_dir():

@@ -28,14 +28,17 @@ MASKED_LOGIT = -1e30
 LOGITS_AT_ONCE = 1 << 18
 
 
-def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, unseen: int = 0) -> jax.Array:
-    """Equations 1 and 2 by XLA, of a sequence with itself.
+def xla_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, unseen: int = 0
+) -> jax.Array:
+    """Equations 1 and 2 by XLA, of a sequence with itself or with another one.
 
     Args:
-      query, key, value: [B, L, H, K].
-      mask: bool [B or 1, 1, L, L], queries on axis 2, keys on axis 3.
+      query: [B, L, H, K].
+      key, value: [B, S, H, K].
+      mask: bool [B or 1, 1, L, S], queries on axis 2, keys on axis 3; None when every query sees every key.
       unseen: how many of the last tokens the mask hides from all tokens before them; static. Those before are then
-        computed without them, which spares unseen * (L - unseen) of the L^2 pairs.
+        computed without them, which spares unseen * (L - unseen) of the L^2 pairs. For a sequence with itself.
 
     Returns:
       [B, L, H, K] in the dtype of `value`.
@@ -46,25 +49,29 @@ def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.
         return _in_two(lambda q, k, v, mask: run(q, k, v, mask=mask), 1, (query, key, value), mask, unseen)
 
 
-def cached_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, unseen: int = 0) -> jax.Array:
+def cached_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, unseen: int = 0
+) -> jax.Array:
     """The same in steps, with equations 3 and 4 for the gradient. It has no forward-mode derivative."""
     batch, length, heads, _ = query.shape
-    if batch > 1 and batch * length**2 > LOGITS_AT_ONCE:
+    pairs = length * key.shape[1]
+    if batch > 1 and batch * pairs > LOGITS_AT_ONCE:
         samples = (query[:, None], key[:, None], value[:, None])
-        if mask.shape[0] == 1:
+        if mask is None or mask.shape[0] == 1:
             return jax.lax.map(lambda one: cached_attention(*one, mask, unseen), samples)[:, 0]
         return jax.lax.map(lambda one: cached_attention(*one, unseen), (*samples, mask[:, None]))[:, 0]
-    fits = [g for g in range(1, heads + 1) if heads % g == 0 and g * batch * length**2 <= LOGITS_AT_ONCE]
+    fits = [g for g in range(1, heads + 1) if heads % g == 0 and g * batch * pairs <= LOGITS_AT_ONCE]
     group = max(fits, default=1)
-    bias = jnp.where(mask, 0.0, MASKED_LOGIT).astype(jnp.float32)
-    steps = lambda x: x.reshape(batch, length, heads // group, group, -1).transpose(2, 0, 3, 1, 4)
+    everything = jnp.zeros((1, 1, 1, 1), jnp.float32)
+    bias = everything if mask is None else jnp.where(mask, 0.0, MASKED_LOGIT).astype(jnp.float32)
+    steps = lambda x: x.reshape(*x.shape[:2], heads // group, group, -1).transpose(2, 0, 3, 1, 4)
     # The two parts of a step share its copies of q, k and v.
     step = lambda qkv: _in_two(_heads, 2, qkv, bias, unseen)
     mixed = jax.lax.map(step, (steps(query), steps(key), steps(value)))
     return mixed.transpose(1, 3, 0, 2, 4).reshape(query.shape)
 
 
-def _in_two(run: Callable[..., jax.Array], axis: int, qkv: tuple, mask: jax.Array, unseen: int) -> jax.Array:
+def _in_two(run: Callable[..., jax.Array], axis: int, qkv: tuple, mask: jax.Array | None, unseen: int) -> jax.Array:
     """`run` for the tokens before the unseen ones and for those apart; `axis` is that of tokens in q, k and v."""
     if not unseen:
         return run(*qkv, mask)
@@ -104,7 +111,7 @@ def _heads_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array | None
 
 @jax.custom_vjp
 def _heads(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) -> jax.Array:
-    """One step: [B, G, L, K], twice [B, G, S, K], float32 [B or 1, 1, L, S] -> [B, G, L, K]."""
+    """One step: [B, G, L, K], twice [B, G, S, K], float32 [B or 1, 1, L or 1, S or 1] -> [B, G, L, K]."""
     return _heads_forward(query, key, value, bias)[0]
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from nd_jax.models.image_layers import LayerNorm
 from nd_jax.models.layers import TokenEmbedding
 
 ACTIVATIONS = {
@@ -82,7 +83,7 @@ class CLIPBlock(nn.Module):
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        norm = partial(nn.LayerNorm, epsilon=self.config.layer_norm_eps, **kwargs)
+        norm = partial(LayerNorm, self.config.layer_norm_eps, self.param_dtype)
         x_BLD = x_BLD + CLIPAttention(self.config, name="attention", **kwargs)(norm(name="attention_norm")(x_BLD))
         x_BLD = x_BLD + CLIPFeedForward(self.config, name="mlp", **kwargs)(norm(name="mlp_norm")(x_BLD))
         return nn.with_logical_constraint(x_BLD, ("batch", "length", "activation_embed"))
@@ -100,7 +101,9 @@ class CLIPAttention(nn.Module):
         cfg = self.config
         dense = partial(nn.Dense, cfg.hidden_size, dtype=self.dtype, param_dtype=self.param_dtype)
         heads = lambda name: dense(name=name)(x_BLD).reshape(*x_BLD.shape[:-1], cfg.num_attention_heads, -1)
-        mixed = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"), is_causal=True)
+        # JAX's own code mixes bfloat16 and float32, which a strict caller forbids.
+        with jax.numpy_dtype_promotion("standard"):
+            mixed = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"), is_causal=True)
         return dense(name="out")(mixed.reshape(x_BLD.shape))
 
 
@@ -160,10 +163,7 @@ class CLIPText(nn.Module):
             length=cfg.num_hidden_layers,
         )(cfg, self.dtype, self.param_dtype, name="blocks")
         (x_BLD, penultimate_BLD), _ = blocks((x_BLD, x_BLD), None)
-        norm = nn.LayerNorm(
-            epsilon=cfg.layer_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name="final_norm"
-        )
-        last_BLD = norm(x_BLD)
+        last_BLD = LayerNorm(cfg.layer_norm_eps, self.param_dtype, name="final_norm")(x_BLD)
         pooled_BD = jnp.take_along_axis(last_BLD, eos_positions(ids, cfg)[:, None, None], axis=1)[:, 0]
         project = nn.Dense(
             cfg.projection_dim, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="text_projection"

@@ -17,7 +17,6 @@ D model width, E context width, S number of blocks.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ import numpy as np
 from flax import linen as nn
 
 from nd_jax.models.attention import ATTENTION
+from nd_jax.models.layers import ConditioningMLP, sinusoid
 from nd_jax.models.mmdit_block import JointBlock, TokenGeometry, modulate
 
 SINUSOID_CHANNELS = 256
@@ -123,10 +123,7 @@ class MMDiTOutput(NamedTuple):
 
 def timestep_sinusoid(timestep: jax.Array) -> jax.Array:
     """float [B], values 0..1000 -> float32 [B, 256], cosines first, frequencies 10000^(-i/128)."""
-    half = SINUSOID_CHANNELS // 2
-    frequency = np.exp(-math.log(10000.0) * np.arange(half) / half).astype(np.float32)
-    angle = timestep.astype(jnp.float32)[:, None] * frequency[None]
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    return sinusoid(timestep, SINUSOID_CHANNELS)
 
 
 class PatchEmbed(nn.Module):
@@ -144,25 +141,6 @@ class PatchEmbed(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (cfg.inner_dim,), self.param_dtype)
         kernel = kernel.reshape(cfg.token_dim, cfg.inner_dim).astype(self.dtype)
         return tokens.astype(self.dtype) @ kernel + bias.astype(self.dtype)[None, None]
-
-
-class ConditioningMLP(nn.Module):
-    """One MLP of equation 3: [B, features in] -> [B, width]."""
-
-    width: int
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dense = lambda name: nn.Dense(
-            self.width,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=nn.initializers.normal(0.02),
-            name=name,
-        )
-        return dense("out")(nn.silu(dense("hidden")(x)))
 
 
 class _ScannedBlock(JointBlock):

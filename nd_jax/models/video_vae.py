@@ -135,7 +135,7 @@ def _check_blocks(config: Any, part: str, direction: str) -> None:
 
 
 class Posterior(NamedTuple):
-    """Gaussian of every latent value, equation 1: `mean` and `logvar` float32 [B, T, h, w, C]."""
+    """Gaussian of every latent value, equation 1: `mean` and `logvar` float32 [B, T, h, w, C], or [B, h, w, C]."""
 
     mean: jax.Array
     logvar: jax.Array
@@ -149,13 +149,13 @@ class Posterior(NamedTuple):
         return self.sample(jax.random.normal(key, self.mean.shape, self.mean.dtype))
 
     def kl(self) -> jax.Array:
-        """Equation 5, divergence from N(0, 1) in nats, summed over a clip: [B]."""
+        """Equation 5, divergence from N(0, 1) in nats, summed over a clip or image: [B]."""
         terms = jnp.square(self.mean) + jnp.exp(self.logvar) - 1.0 - self.logvar
-        return 0.5 * terms.sum(axis=(1, 2, 3, 4))
+        return 0.5 * terms.sum(axis=tuple(range(1, terms.ndim)))
 
 
 def posterior(moments: jax.Array) -> Posterior:
-    """Equation 1 behind the convolution: moments [B, T, h, w, 2C] -> `Posterior`."""
+    """Equation 1 behind the convolution: moments [..., 2C] -> `Posterior`."""
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return Posterior(mean, jnp.clip(logvar, *LOGVAR_RANGE))
 

@@ -153,6 +153,11 @@ def stage_units(config: MMDiTConfig, video: VideoSize, stage: int, text_length: 
     )
 
 
+def frame_of_unit(latents: jax.Array, unit_B: jax.Array) -> jax.Array:
+    """The frame of every row's unit, [B, 1, H, W, C], of latents [B, T, H, W, C]."""
+    return jnp.take_along_axis(latents, unit_B[:, None, None, None, None], axis=1)
+
+
 @flax.struct.dataclass
 class UnitRandomness:
     """Everything random about a batch of (4) and (3).
@@ -212,6 +217,7 @@ def unit_state(
     unit_B: jax.Array,
     randomness: UnitRandomness,
     corruption_ratio: float = 1 / 3,
+    times: tuple[jax.Array, jax.Array] | None = None,
 ) -> UnitState:
     """Training state of every row (2) to (4). Traceable; `schedule` and `units` are static.
 
@@ -222,17 +228,18 @@ def unit_state(
       unit_B: int [B], which latent frame is trained.
       randomness: `draw_unit_randomness(...)` or given arrays.
       corruption_ratio: the largest share of noise in the history.
+      times: (t, τ) [B] each, in the place of the entry of the stage's table that `randomness.u` says.
     """
     stage = units.stage
     pyramid = latent_pyramid(latents, schedule.stages)
-    current = [jnp.take_along_axis(level, unit_B[:, None, None, None, None], axis=1) for level in pyramid]
+    current = [frame_of_unit(level, unit_B) for level in pyramid]
     coarser = current[stage - 1] if stage else None
     noise = noise_pyramid(randomness.noise, schedule.stages)[stage]
     path = paths.stage_path(schedule, stage, noise, current[stage], coarser)
     if randomness.end_noise is not None:
         end_noise = noise_pyramid(randomness.end_noise, schedule.stages)[stage]
         path = path.replace(end=paths.path_end(schedule, stage, end_noise, current[stage]))
-    sigma, timestep = table_entries(schedule, stage, randomness.u)
+    sigma, timestep = table_entries(schedule, stage, randomness.u) if times is None else times
     strength = (randomness.corruption * corruption_ratio)[:, None, None]
     history = strength * randomness.history + (1 - strength) * units.clean_history(pyramid, unit_B)
     noisy = patchify(paths.point(path, sigma), units.patch_size)

@@ -10,7 +10,7 @@ import sys
 
 # Of malloc.h; the values are ints.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
-# Blocks add up to more than the largest int: a step of 3 GB of temporaries would give back and zero all of it each time.
+# The largest int is not enough: a step of 3 GB of temporaries would give all of it back, and zero it, at every call.
 _NEVER = -1
 _TOP_PAD_BYTES = 1 << 28
 

@@ -41,7 +41,7 @@ class Result:
 
 
 class Diverged(UserError):
-    """A loss or gradient is not finite."""
+    """A loss or gradient is not finite, or a metric left the limits that its method sets."""
 
 
 # Columns of a batch that stay on the host: they identify examples and are no input of a loss.
@@ -67,18 +67,19 @@ def train(
       workdir: checkpoints, metrics.jsonl, tensorboard/ and config.json.
 
     Raises:
-      Diverged: a loss or gradient norm was not finite; nothing bad was saved.
+      Diverged: a loss or gradient norm was not finite, or an evaluation is out of the method's limits; nothing bad
+        was saved.
       UserError: bad config, other workdir, damaged checkpoint, full disk.
     """
     checkpoint.claim_workdir(workdir, config)
     mesh = sharding.make_mesh(config["mesh"])
-    _check_batch(config, mesh)
+    check_batch(config, mesh)
     roles = steps.trained_roles(method)
-    optimizers = {r: optimizer.make_optimizer(_optimizer_config(config, r), _updates(config, method, r)) for r in roles}
+    optimizers = make_optimizers(config, method)
     schedules = {r: optimizer.make_schedule(_optimizer_config(config, r), _updates(config, method, r)) for r in roles}
 
     with jax.set_mesh(mesh), StopSignal() as stop:
-        abstract = _abstract_state(config, method, optimizers)
+        abstract = abstract_state(config, method, optimizers)
         shardings = steps.state_shardings(abstract, method, optimizers, mesh)
         frozen_shardings = steps.frozen_shardings(method, mesh)
         frozen = {n: _materialise(method.roles[n], s) for n, s in frozen_shardings.items()}
@@ -99,17 +100,7 @@ def train(
             create = lambda p: steps.new_state(method, p, optimizers, config["ema_decay"] > 0, config["seed"])
             state = jax.jit(create, out_shardings=shardings)(params)
 
-        make = lambda r: steps.make_train_step(
-            method,
-            r,
-            optimizers[r],
-            shardings,
-            frozen_shardings,
-            mesh,
-            microbatches=config["microbatches"],
-            ema_decay=config["ema_decay"],
-        )
-        train_steps = {r: make(r) for r in roles}
+        train_steps = make_train_steps(config, method, optimizers, shardings, frozen_shardings, mesh)
         eval_step = steps.make_eval_step(method, shardings, frozen_shardings, mesh)
 
         writer = metrics.MetricsWriter(workdir, start)
@@ -144,6 +135,7 @@ def train(
             last.update(values)
             writer.write(step, values)
             progress.message(f"step {step}  " + "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+            _check_limits(values, method, step, saver)
 
         step, saved, evaluated = start, start, None
         try:
@@ -231,7 +223,30 @@ def _last_metrics(workdir: Path) -> dict[str, float]:
     return {k: v for line in lines for k, v in line.items() if k.startswith(("train/", "eval/"))}
 
 
-def _check_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> None:
+def make_optimizers(config: Mapping[str, Any], method: Distillation) -> steps.Optimizers:
+    """Trained role -> its optimiser, whose schedule spans the updates of that role alone."""
+    make = lambda role: optimizer.make_optimizer(_optimizer_config(config, role), _updates(config, method, role))
+    return {role: make(role) for role in steps.trained_roles(method)}
+
+
+def make_train_steps(
+    config: Mapping[str, Any],
+    method: Distillation,
+    optimizers: steps.Optimizers,
+    shardings: steps.TrainState,
+    frozen_shardings: dict,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, Callable]:
+    """Trained role -> its jitted step, see `step.make_train_step`."""
+    numbers = {name: config[name] for name in ("microbatches", "ema_decay")}
+    return {
+        role: steps.make_train_step(method, role, optimizers[role], shardings, frozen_shardings, mesh, **numbers)
+        for role in steps.trained_roles(method)
+    }
+
+
+def check_batch(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError unless the batch divides among the devices and microbatches."""
     rows, micro = config["batch_size"], config["microbatches"]
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % (split * micro):
@@ -255,7 +270,8 @@ def _updates(config: Mapping[str, Any], method: Distillation, role: str) -> int:
     return _updates_before(config["num_steps"], method, role)
 
 
-def _abstract_state(config: Mapping[str, Any], method: Distillation, optimizers: Any) -> steps.TrainState:
+def abstract_state(config: Mapping[str, Any], method: Distillation, optimizers: steps.Optimizers) -> steps.TrainState:
+    """Shapes and dtypes of the state."""
     params = {n: method.roles[n].abstract for n in steps.trained_roles(method)}
     return jax.eval_shape(lambda p: steps.new_state(method, p, optimizers, config["ema_decay"] > 0, 0), params)
 
@@ -281,14 +297,28 @@ def _check_finite(values: Mapping[str, float], done: _Pending, saver: checkpoint
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if not bad:
         return
-    good = saver.latest()
-    kept = f"last good checkpoint: {saver.folder / str(good)}" if good is not None else "no checkpoint was saved yet"
+    kept = _last_good(saver)
     ids = [] if done.examples is None else [int(i) for i in done.examples]
     shown = ", ".join(map(str, ids[:64])) + (f" and {len(ids) - 64} more" if len(ids) > 64 else "")
     raise Diverged(
         f"{bad[0]} is {values[bad[0]]} at step {done.step}; examples of that batch: {shown}; {kept}. "
         "Lower the learning rate, clip gradients (optimizer.clip_norm), or look at those examples"
     )
+
+
+def _check_limits(values: Mapping[str, float], method: Distillation, step: int, saver: checkpoint.Checkpointer) -> None:
+    for name, (low, high) in method.limits.items():
+        if not low <= values[f"eval/{name}"] <= high:
+            raise Diverged(
+                f"collapse: {name} is {values[f'eval/{name}']:.4g} at step {step}, outside of {low:g} to {high:g}; "
+                f"{_last_good(saver)}. Go on from an earlier checkpoint with a lower learning rate; see the curves of "
+                "metrics.jsonl for when it began"
+            )
+
+
+def _last_good(saver: checkpoint.Checkpointer) -> str:
+    good = saver.latest()
+    return f"last good checkpoint: {saver.folder / str(good)}" if good is not None else "no checkpoint was saved yet"
 
 
 def _close(saver: checkpoint.Checkpointer) -> None:

@@ -130,7 +130,9 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def total_loss(trainable, microbatch, microbatch_key):  # equation 1
-            loss, metrics = loss_fn(others | {role: merge(trainable, held)}, microbatch, microbatch_key)
+            loss, metrics = loss_fn(
+                others | {role: merge(trainable, held)}, microbatch | {"step": state.step}, microbatch_key
+            )
             return loss.total, metrics | {"loss": loss}
 
         grad_fn = jax.grad(total_loss, has_aux=True)

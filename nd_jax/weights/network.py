@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from nd_jax.errors import UserError
 from nd_jax.weights.table import WeightTable, flatten
 
 
@@ -64,3 +65,44 @@ def config_fields(config_class: type, json: Mapping[str, Any]) -> dict[str, Any]
     """The entries of config.json that the dataclass has, lists as tuples."""
     names = {f.name for f in dataclasses.fields(config_class)}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in json.items() if k in names and v is not None}
+
+
+# Beside names with a leading underscore: entries of config.json that say nothing about the numbers.
+BESIDE_SETTINGS = ("dtype", "torch_dtype")
+
+
+def strict_config_fields(
+    config_class: type,
+    json: Mapping[str, Any],
+    absent: Mapping[str, Any],
+    fixed: Mapping[str, tuple],
+    unused: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The entries of config.json that the dataclass has, of a class with many settings: none is passed over in silence.
+
+    Args:
+      config_class: the dataclass.
+      json: config.json's dictionary.
+      absent: what the released class takes for a key that is not there, where that is not what we would take.
+      fixed: key -> its supported values, of settings that the dataclass lacks. The first is taken for an absent key.
+      unused: keys of settings without effect on the numbers.
+
+    Raises:
+      UserError: a setting that is not known, or a value that is not supported.
+    """
+    names = {f.name for f in dataclasses.fields(config_class)}
+    values = {**absent, **json}
+    for key, value in values.items():
+        if key in fixed and value not in fixed[key]:
+            given = "" if key in json else ", the default of the released class"
+            supported = " or ".join(map(repr, fixed[key]))
+            raise UserError(f"{key} is {value!r}{given}: only {supported} is supported")
+        known = key in names or key in fixed or key in unused or key in BESIDE_SETTINGS or key.startswith("_")
+        if not known:
+            raise UserError(f"{key} is {value!r}: this setting is not supported; leave it out if it changes nothing")
+    return {key: _tuples(value) for key, value in values.items() if key in names}
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, within each other too."""
+    return tuple(_tuples(entry) for entry in value) if isinstance(value, list) else value

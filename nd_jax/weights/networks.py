@@ -13,8 +13,10 @@ import jax.numpy as jnp
 
 from nd_jax.errors import UserError
 from nd_jax.models import clip_text, context_adapter, t5
+from nd_jax.weights.first_frame import AUTOENCODER_KL, UNET
 from nd_jax.weights.mmdit import PYRAMID_FLOW_MMDIT, PYRAMID_MMDIT
 from nd_jax.weights.network import Network, abstract_params, config_fields, flat_shapes
+from nd_jax.weights.quicksrnet import QUICKSRNET
 from nd_jax.weights.table import KEEP, LINEAR, Weight, WeightTable, rows
 from nd_jax.weights.vae import ASYMMETRIC_VIDEO_VAE, CAUSAL_VIDEO_VAE, VIDEO_VAE_ENCODER
 
@@ -227,6 +229,8 @@ NETWORKS = (
     *(T5_ENCODER, DISTIL_T5, CONTEXT_ADAPTER, CONTEXT_EMBEDDER, CLIP_TEXT),
     *(PYRAMID_MMDIT, PYRAMID_FLOW_MMDIT),
     *(CAUSAL_VIDEO_VAE, ASYMMETRIC_VIDEO_VAE, VIDEO_VAE_ENCODER),
+    *(UNET, AUTOENCODER_KL),
+    QUICKSRNET,
 )
 
 

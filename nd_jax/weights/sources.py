@@ -16,7 +16,7 @@ import numpy as np
 from nd_jax.errors import UserError
 from nd_jax.weights.safetensors_io import SafetensorsFile
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tar")
 HASH_RUN_BYTES = 1 << 22
 
 

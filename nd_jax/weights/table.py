@@ -134,4 +134,24 @@ def rows(prefix_ours: str, prefix_theirs: str, *specs: tuple[str, str, Turn]) ->
     return tuple(Weight(prefix_ours + path, prefix_theirs + key, turn) for path, key, turn in specs)
 
 
+def linear(ours: str, theirs: str, bias: bool = True) -> tuple[tuple[str, str, Turn], ...]:
+    """Specs of a linear layer for `rows`."""
+    return _with_bias(ours, theirs, LINEAR, bias)
+
+
+def conv2d(ours: str, theirs: str) -> tuple[tuple[str, str, Turn], ...]:
+    """Specs of a 2D convolution for `rows`."""
+    return _with_bias(ours, theirs, CONV2D)
+
+
+def norm(ours: str, theirs: str) -> tuple[tuple[str, str, Turn], ...]:
+    """Specs of a norm with scale and bias for `rows`."""
+    return (f"{ours}/scale", f"{theirs}.weight", KEEP), (f"{ours}/bias", f"{theirs}.bias", KEEP)
+
+
+def _with_bias(ours: str, theirs: str, turn: Turn, bias: bool = True) -> tuple[tuple[str, str, Turn], ...]:
+    kernel = (f"{ours}/kernel", f"{theirs}.weight", turn)
+    return (kernel, (f"{ours}/bias", f"{theirs}.bias", KEEP)) if bias else (kernel,)
+
+
 TableBuilder = Callable[[Any], WeightTable]
