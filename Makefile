@@ -31,7 +31,7 @@ quickstart: venv ## train, export and compile the text encoder at tiny size on t
 	$(BIN)/python -m experiments.quickstart --workdir runs/quickstart
 
 test: venv ## run the whole test suite (PYTEST_ARGS="-k report" narrows it, WORKERS=1 runs it in one process)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: venv ## check style and formatting
 	$(BIN)/ruff check .

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parent.parent
 def start_command(workdir, config, given, devices):
     """`experiments.train` in a process of its own."""
     command = [sys.executable, "-m", "experiments.train", "--config", config, "--workdir", str(workdir), *given]
-    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    # Of a flag that is given twice, XLA takes the last.
+    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -103,7 +103,7 @@ def batch():
 def test_loss_is_equation_2(method, roles, batch):
     loss, parts = jax.jit(method.losses["vae"])(roles, batch, jax.random.key(3))
     student = AsymmetricCausalVideoVAE(AsymmetricVideoVAEConfig(**_student_sizes()))
-    apply = lambda x, name: student.apply({"params": roles["vae"]}, x, method=name)
+    apply = jax.jit(lambda x, name: student.apply({"params": roles["vae"]}, x, method=name), static_argnums=1)
     y = apply(apply(batch["video"], "encode").sample_with_key(jax.random.key(3)), "decode")
     mse = np.square(y - batch["video"]).mean()
     seen = perceptual.gradient_ssim_loss(y, batch["video"], 1).mean()
@@ -141,7 +141,7 @@ def test_the_discriminator_learns_from_both_and_tells_the_decoder_nothing(method
 
 def test_cached_latents_give_the_loss_of_the_encoder(method, roles, batch):
     student = AsymmetricCausalVideoVAE(AsymmetricVideoVAEConfig(**_student_sizes()))
-    posterior = student.apply({"params": roles["vae"]}, batch["video"], method="encode")
+    posterior = jax.jit(lambda x: student.apply({"params": roles["vae"]}, x, method="encode"))(batch["video"])
     cached = batch | {"mean": posterior.mean, "std": jnp.exp(posterior.logvar / 2)}
     loss = jax.jit(lambda b: method.losses["vae"](roles, b, jax.random.key(1))[0].value)
     np.testing.assert_allclose(loss(cached), loss(batch), rtol=1e-5)
@@ -157,7 +157,7 @@ def test_evaluation_has_the_native_decoder_and_valid_clips_alone(method, roles):
         np.testing.assert_allclose(means[name].value, two[name].value, rtol=1e-4, atol=1e-6)
     native = CAUSAL_VIDEO_VAE.module(NATIVE)
     whole = {**roles["vae"], **roles["native"]}
-    y = jnp.clip(native.apply({"params": whole}, video[:2]), -1, 1)
+    y = jnp.clip(jax.jit(native.apply)({"params": whole}, video[:2]), -1, 1)
     np.testing.assert_allclose(two["native_psnr_db"].value, perceptual.psnr_db(y, video[:2], 2.0).mean(), rtol=1e-4)
 
 
@@ -185,8 +185,8 @@ def test_growth_plays_the_frames_of_a_latent_twice():
     quiet = lambda path, x: x.at[..., x.shape[2] // 2 :, :].set(0) if x.ndim == 4 and path[-2].key == "convs_0" else x
     params = jax.tree_util.tree_map_with_path(quiet, params)
     grown = decoder.grow_taehv(params, small.time_upscale, large.time_upscale)
-    before, _ = TAEHVDecoder(small).apply({"params": params}, z)
-    after, _ = TAEHVDecoder(large).apply({"params": grown}, z)
+    before, _ = jax.jit(TAEHVDecoder(small).apply)({"params": params}, z)
+    after, _ = jax.jit(TAEHVDecoder(large).apply)({"params": grown}, z)
     for k in (-4, -8):
         np.testing.assert_allclose(after[:, k : k + 4 or None], 2 * before[:, -4:] - 1, atol=1e-5)
     with pytest.raises(ValueError, match="group 1 of the TAEHV checkpoint doubles the frames"):

@@ -63,9 +63,10 @@ def test_pytorch_computes_the_same_context(workdir, model):
     ids = rng.integers(3, 60, (2, 24)).astype(np.int32)
     mask = (np.arange(24)[None] < [[24], [9]]).astype(np.int32)
     parts = load_deployed(workdir).components
-    hidden = t5.DistilT5(parts["text_encoder_3"].config).apply({"params": parts["text_encoder_3"].params}, ids, mask)
+    encoder = t5.DistilT5(parts["text_encoder_3"].config)
+    hidden = jax.jit(encoder.apply)({"params": parts["text_encoder_3"].params}, ids, mask)
     adapter = context_adapter.ContextAdapter(parts["context_adapter"].config)
-    context = adapter.apply({"params": parts["context_adapter"].params}, hidden)
+    context = jax.jit(adapter.apply)({"params": parts["context_adapter"].params}, hidden)
     assert snr_db(np.asarray(context), text_encoder_context(model, ids, mask)) > 110
 
 

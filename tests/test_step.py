@@ -1,6 +1,7 @@
 """The sharded step: equation 2 of step.py for any number of microbatches and devices; only the role trains."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from tests.toy_method import ToyBatches, toy_config, toy_method
 AXES_1 = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
-def run(axes, microbatches=1, num=6, name="adamw"):
-    """Losses and final parameters of a few steps."""
+def run(axes, name="adamw", num=6):
+    """Losses and final state of a few steps."""
     config, method = toy_config(), toy_method()
     config["optimizer"]["name"] = name
     devices = jax.devices()[: int(np.prod(list(axes.values())))]
@@ -30,12 +31,7 @@ def run(axes, microbatches=1, num=6, name="adamw"):
         state = jax.jit(create, out_shardings=shardings)()
         frozen_shardings = steps.frozen_shardings(method, mesh)
         frozen = {"teacher": jax.jit(method.roles["teacher"].init, out_shardings=frozen_shardings["teacher"])()}
-        fns = {
-            r: steps.make_train_step(
-                method, r, tx[r], shardings, frozen_shardings, mesh, microbatches=microbatches, ema_decay=0.9
-            )
-            for r in tx
-        }
+        fns = {r: steps.make_train_step(method, r, tx[r], shardings, frozen_shardings, mesh, ema_decay=0.9) for r in tx}
         batches, losses = ToyBatches(16), []
         for k in range(num):
             batch = next(batches)
@@ -45,11 +41,17 @@ def run(axes, microbatches=1, num=6, name="adamw"):
         return np.array(losses), state
 
 
+@functools.cache
+def one_device(name):
+    """`run` of a single device."""
+    return run(AXES_1, name)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 4, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_mesh_changes_nothing(axes, name):
-    losses, state = run(AXES_1, name=name)
-    sharded_losses, sharded = run(axes, name=name)
+    losses, state = one_device(name)
+    sharded_losses, sharded = run(axes, name)
     np.testing.assert_allclose(sharded_losses, losses, rtol=2e-6)
     for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -60,7 +62,7 @@ def test_mesh_changes_nothing(axes, name):
 
 
 def test_held_parameters_stay_and_ema_follows():
-    _, state = run(AXES_1)
+    _, state = one_device("adamw")
     np.testing.assert_array_equal(state.params["student"]["offset"], 1.0)
     assert set(state.ema["student"]) == {"layer"}
     assert not np.array_equal(state.ema["student"]["layer"]["kernel"], state.params["student"]["layer"]["kernel"])

@@ -85,7 +85,7 @@ BATCH = {
 @pytest.mark.parametrize("mode", te.MODES)
 def test_each_mode_trains_what_it_says(mode):
     method = build_method(tiny_config(**{"loss.mode": mode, "loss.lora_rank": 2}))
-    roles = {name: role.init() for name, role in method.roles.items()}
+    roles = {name: jax.jit(role.init)() for name, role in method.roles.items()}
     trainable, held = partition(roles["student"], method.roles["student"].trainable)
     groups = {"RM": {"context_adapter"}, "EM": {"context_adapter"}}.get(mode, {"context_adapter", "text_encoder_3"})
     assert set(trainable) == ({"context_adapter", "lora"} if mode == "LoRA" else groups)
@@ -108,7 +108,7 @@ def test_modes_deploy_the_released_components():
     for mode in te.MODES:
         config = tiny_config(**{"loss.mode": mode, "loss.lora_rank": 2})
         method = build_method(config)
-        deployed = method.deploy({"student": method.roles["student"].init()})
+        deployed = method.deploy({"student": jax.jit(method.roles["student"].init)()})
         assert set(deployed) == {"text_encoder_3", "context_adapter"}
         adapter = deployed["context_adapter"][1]
         assert adapter.output_dims == (config["teacher"]["encoder"]["d_model"] if mode == "EM" else 12)
@@ -116,12 +116,12 @@ def test_modes_deploy_the_released_components():
 
 def test_lora_starts_as_the_plain_student_and_is_merged_on_deploy():
     plain, lora = (build_method(tiny_config(**{"loss.mode": m, "loss.lora_rank": 2})) for m in ("RM", "LoRA"))
-    params = lora.roles["student"].init()
+    params = jax.jit(lora.roles["student"].init)()
     before = lora.deploy({"student": params})["text_encoder_3"][2]
     jax.tree.map(
         np.testing.assert_array_equal,
         before,
-        plain.deploy({"student": plain.roles["student"].init()})["text_encoder_3"][2],
+        plain.deploy({"student": jax.jit(plain.roles["student"].init)()})["text_encoder_3"][2],
     )
     kernel = "encoder/blocks/mlp/up/kernel"
     factors = traverse_util.flatten_dict(params["lora"], sep="/")

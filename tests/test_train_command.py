@@ -114,8 +114,7 @@ def test_teacher_and_student_from_folders(tmp_path):
     """Released layouts in: a T5 encoder, a denoiser of which the embedder is read, and a T5 to start DT5 from."""
     prompts = write_prompts(tmp_path / "prompts.txt")
     method = build_method(tiny_config(**{"teacher.encoder.d_model": 24, "loss.mode": "RM"}))
-    teacher = jax.device_get(method.roles["teacher"].init())
-    student = jax.device_get(method.roles["student"].init())
+    teacher, student = (jax.device_get(jax.jit(method.roles[name].init)()) for name in ("teacher", "student"))
     config = networks.T5_ENCODER.read_config({"feed_forward_proj": "gated-gelu", **tiny_config()["teacher"]["encoder"]})
     save_component(
         tmp_path / "t5", networks.T5_ENCODER, dataclasses.replace(config, d_model=24), teacher["text_encoder"]
