@@ -2,7 +2,7 @@
 
 Model code names axes ("embed", "heads", "mlp", ...), never a mesh. A mesh has three axes:
 
-    data    copies of the weights; gradients are averaged over it
+    data    copies of the weights; gradients are averaged over it; of several slices each has its own copies
     fsdp    weights and optimiser state are split over it, and so is the batch
     tensor  heads and feed-forward columns are split over it
 
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nd_jax.errors import UserError
@@ -41,8 +42,11 @@ RULES = (
 def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of the given sizes; one of them may be -1, which takes what is left.
 
+    Devices of several slices are split along `data`, the only axis that the slower network between them can carry.
+
     Raises:
-      UserError: an unknown axis, or sizes that do not multiply to the number of devices.
+      UserError: an unknown axis, sizes that do not multiply to the number of devices, or that their network cannot be
+        cut into.
     """
     devices = jax.devices() if devices is None else list(devices)
     unknown = set(axes) - set(MESH_AXES)
@@ -55,7 +59,19 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> 
         asked = ", ".join(f"{n}={axes.get(n, 1)}" for n in MESH_AXES)
         raise UserError(f"mesh ({asked}) does not fit {len(devices)} devices: the sizes must multiply to that number")
     # Auto axes: linen's logical constraints are hints to the compiler, which Explicit axes would reject.
-    return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if sizes[0] % slices:
+        raise UserError(f"mesh data={sizes[0]} does not divide among {slices} slices: use a multiple of {slices}")
+    try:
+        if slices == 1:
+            return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=auto)
+        inner, outer = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+        array = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    except NotImplementedError as error:
+        shown = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+        raise UserError(f"mesh ({shown}) does not follow the network of these devices: use other sizes") from error
+    return Mesh(array, MESH_AXES, axis_types=auto)
 
 
 def _spec(path: str, shape: tuple[int, ...], logical_axes: tuple, mesh: Mesh, rules: tuple) -> PartitionSpec:
