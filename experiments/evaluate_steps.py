@@ -32,7 +32,7 @@ def evaluate_steps(args: argparse.Namespace) -> dict[str, Any]:
     from nd_jax.data.registry import build_data
     from nd_jax.distill import steps_roles
     from nd_jax.distill.registry import build_method
-    from nd_jax.evals.step_predictions import TARGET, step_predictions
+    from nd_jax.evals.step_predictions import COLUMNS, TARGET, step_predictions
     from nd_jax.files import write_text
     from nd_jax.generate.model_folder import open_model
     from nd_jax.generate.pipeline import video_decoder
@@ -70,7 +70,8 @@ def evaluate_steps(args: argparse.Namespace) -> dict[str, Any]:
     lines, errors = [], {}
     for stage in range(len(networks.tables)):
         predict = lambda *roles_and_batch, stage=stage: step_predictions(*settings, *roles_and_batch, stage)
-        columns, units = jax.device_get(jax.jit(predict)(given, batch))
+        found, units = jax.device_get(jax.jit(predict)(given, batch))
+        columns = {name: found[name] for name in COLUMNS if name in found}  # jit sorts dictionaries.
         for name, frames in columns.items():
             errors[f"{name}, stage {stage}"] = float(np.mean(np.square(frames - columns[TARGET])))
         for row in range(count):

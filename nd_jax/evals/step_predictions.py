@@ -21,7 +21,8 @@ from nd_jax.pyramid import paths
 from nd_jax.pyramid.schedule import PyramidSchedule
 
 # Columns of a picture, in order; the last two are there where the method has the role.
-TARGET, PREDICTED, NOISED, EXPECTED, FAKE_EXPECTED = "teacher's frame", "student", "noised", "teacher", "fake model"
+COLUMNS = ("teacher's frame", "student", "noised", "teacher", "fake model")
+TARGET, PREDICTED, NOISED, EXPECTED, FAKE_EXPECTED = COLUMNS
 
 
 def step_predictions(
