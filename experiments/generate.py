@@ -1,11 +1,14 @@
 """Videos from prompts.
 
-    python -m experiments.generate --model DIR --prompts prompts.txt --output videos --mode hybrid --image first.png
+    python -m experiments.generate --model DIR --prompts prompts.txt --output videos
+    python -m experiments.generate --model DIR --prompts prompts.txt --output videos --image first.png
     python -m experiments.generate --model DIR --prompts prompts.txt --output videos --mode monolithic
 
 A model folder is the released layout (nd_jax/generate/model_folder.py); its generation.json, if it has one, gives the
-defaults of everything about the video. OUTPUT gets an MP4 per prompt and generate.json: settings, seconds of every
-part, seconds of a call of the transformer per stage. The same command again makes what is missing and nothing else.
+defaults of everything about the video. In mode hybrid the first frame is made from the prompt, or given. A folder with
+a `quicksrnet` makes large videos. OUTPUT gets an MP4 per prompt and generate.json: settings, seconds of every part,
+seconds of a call of the transformer per stage. The same command again makes what is missing and nothing else.
+docs/generate.md says more.
 """
 
 import argparse
@@ -13,22 +16,14 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from experiments.generate_videos import LATENTS, PICTURE, SMALL, VIDEO, Job, Parts, make_videos
 from nd_jax.errors import UserError, run_command
 
 SUMMARY = "generate.json"
-
-
-class Job(NamedTuple):
-    """One prompt; its id is its place among the prompts, and together with the seed it decides the noise."""
-
-    id: int
-    prompt: str
-    video: Path
-    latents: Path
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,10 +37,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, type=Path, metavar="DIR", help="model folder in the released layout")
     add("--prompts", required=True, type=Path, metavar="FILE", help=".txt, one prompt a line, or .jsonl")
     add("--output", required=True, type=Path, metavar="DIR", help="MP4 files and generate.json go here")
-    add("--mode", choices=("hybrid", "monolithic"), help="hybrid continues --image; monolithic makes all frames")
-    add("--image", type=Path, metavar="FILE", help="first frame of every video, for mode hybrid")
+    add("--mode", choices=("hybrid", "monolithic"), help="hybrid continues a first frame; monolithic makes all")
+    add(
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="first frame of every video, for mode hybrid (default: made from each prompt)",
+    )
     add("--seed", type=int, default=0, help="noise of all prompts (default 0)")
     add("--latents", action="store_true", help="also keep NAME.npy: normalised latents, float32 [T, h, w, C]")
+    add("--keep-first-frames", action="store_true", help="also keep NAME.png: the first frame made from the prompt")
+    add(
+        "--super-resolution",
+        choices=("off", "on", "both"),
+        help="large videos; both: also NAME.small.mp4 (default on where the model has a quicksrnet)",
+    )
+    add_prompt_modifier(parser)
+    add("--safety-frames", type=int, default=1, metavar="N", help="frames that are checked, 0 for none (default 1)")
     add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
     add_sampling_options(parser)
     add("--shard", action="store_true", help="split every batch over all devices")
@@ -54,6 +62,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--batch must be at least 1")
     if not 0 <= args.seed < 2**32:
         parser.error("--seed must be from 0 to 4294967295")
+    if args.safety_frames < 0:
+        parser.error("--safety-frames must be 0 or more")
     return args
 
 
@@ -71,8 +81,13 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("bfloat16", "float32"), help="of the networks (default bfloat16; float32 on a CPU)")
 
 
+def add_prompt_modifier(parser: argparse.ArgumentParser) -> None:
+    """Of commands whose prompts are not also captions of what they make."""
+    parser.add_argument("--prompt-modifier", metavar="TEXT", help="put behind every prompt (default empty)")
+
+
 def open_chosen(args: argparse.Namespace, mode: str | None) -> Any:
-    """The `ModelFolder` with what `add_sampling_options` read; sets the default of `args.dtype`."""
+    """The `ModelFolder` with what the options above read; sets the default of `args.dtype`."""
     import jax
 
     from nd_jax.generate.model_folder import open_model
@@ -89,6 +104,7 @@ def open_chosen(args: argparse.Namespace, mode: str | None) -> Any:
         steps=args.steps,
         first_steps=args.first_steps,
         guidance=args.guidance,
+        prompt_modifier=getattr(args, "prompt_modifier", None),
         negative_prompt=args.negative_prompt,
     )
 
@@ -118,41 +134,79 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model = open_chosen(args, args.mode)
     sampler = model.sampler()
-    if (args.image is None) == (model.mode == "hybrid"):
-        remedy = "give --image, or --mode monolithic" if args.image is None else "leave --image out, or --mode hybrid"
-        raise UserError(f"mode {model.mode} {'starts from an image' if args.image is None else 'takes none'}: {remedy}")
-    settings = _settings(args, model, sampler)
+    parts = open_parts(args, model)
+    settings = video_settings(args, parts, sampler)
     prompts = PromptSource(args.prompts)
-    jobs = []
-    for id, prompt in enumerate(prompts):
-        stem = args.output / file_stem(id, prompt)
-        jobs.append(Job(id, prompt, stem.with_name(stem.name + ".mp4"), stem.with_name(stem.name + ".npy")))
-    _claim(args.output, settings)
+    jobs = [Job(id, prompt, args.output / file_stem(id, prompt)) for id, prompt in enumerate(prompts)]
+    unsafe_before = _claim(args.output, settings).get("unsafe", [])
 
-    wanted = lambda job: [job.video, job.latents] if args.latents else [job.video]
-    missing = [job for job in jobs if not all(path.exists() for path in wanted(job))]
+    missing = [job for job in jobs if job.lacks(*parts.wanted)]
     result = {"settings": settings, "videos": len(jobs), "made": len(missing), "skipped": len(jobs) - len(missing)}
     if missing:
-        result |= _make(args, model, missing)
-        result["files"] = [str(path.relative_to(args.output)) for job in jobs for path in wanted(job)]
+        if not parts.safety_frames:
+            why = f"{args.model} has none" if args.safety_frames else "--safety-frames is 0"
+            print(f"safety checker: off, {why}")
+        result |= make_videos(args, parts, missing)
+        if parts.safety_frames:
+            result["unsafe"] = sorted({*unsafe_before, *result["unsafe"]})
+        result["files"] = [str(job.file(suffix).relative_to(args.output)) for job in jobs for suffix in parts.wanted]
         write_text(args.output / SUMMARY, json.dumps(result, indent=2) + "\n")
-        for units, stages in result["seconds_per_call"].items():
-            shown = "  ".join(f"{stage.replace('_', ' ')} {seconds:.3g}" for stage, seconds in stages.items())
-            print(f"seconds per transformer call, {units} units: {shown}")
+        for what, calls in result["seconds_per_call"].items():
+            shown = "  ".join(f"{part.replace('_', ' ')} {seconds:.3g}" for part, seconds in calls.items())
+            of = "call of the first frame" if what == "first_frame" else f"transformer call, {what} units"
+            print(f"seconds per {of}: {shown}")
     print(f"{len(missing)} videos made, {result['skipped']} there already: {args.output}")
     return 0
 
 
-def _settings(args: argparse.Namespace, model: Any, sampler: Any) -> dict[str, Any]:
-    """Everything that the numbers of a video depend on, beside its prompt and id."""
+def open_parts(args: argparse.Namespace, model: Any) -> Parts:
+    """What goes with the transformer, as far as configs and files say.
+
+    Args:
+      args: image, keep_first_frames, latents, super_resolution and safety_frames, as `parse` gives them.
+      model: the `ModelFolder`.
+
+    Raises:
+      UserError: options that do not go together, or an image or a component that is absent or damaged.
+    """
+    from nd_jax.generate import first_frame, safety, super_resolution
+    from nd_jax.generate.videos import read_image
+
+    settings, drawn, image = model.settings, None, None
+    if args.image and model.mode != "hybrid":
+        raise UserError(f"mode {model.mode} takes no image: leave --image out, or --mode hybrid")
+    if args.image:
+        image = read_image(args.image, settings.height, settings.width)
+    elif model.mode == "hybrid":
+        if not first_frame.has_first_frame(args.model):
+            raise UserError(
+                f"mode hybrid starts from an image, and {args.model} has no {first_frame.UNET_FOLDER} to make one: "
+                "give --image, or --mode monolithic"
+            )
+        drawn = first_frame.open_first_frame(args.model)
+        drawn.picture_size(settings.height, settings.width)
+    if args.keep_first_frames and drawn is None:
+        raise UserError("--keep-first-frames: no first frame is made from a prompt here; leave it out")
+    large = args.super_resolution or ("on" if super_resolution.has_super_resolution(args.model) else "off")
+    if large != "off":
+        super_resolution.open_super_resolution(args.model)
+    kept = {SMALL: large == "both", LATENTS: args.latents, PICTURE: args.keep_first_frames}
+    wanted = (VIDEO, *(suffix for suffix, keep in kept.items() if keep))
+    checked = args.safety_frames if safety.has_safety_checker(args.model) else 0
+    if checked:
+        safety.open_safety_checker(args.model)
+    return Parts(model, drawn, image, large, checked, wanted)
+
+
+def video_settings(args: argparse.Namespace, parts: Parts, sampler: Any) -> dict[str, Any]:
+    """Everything that the numbers of a video depend on, beside its prompt and id; None for what is not used."""
     import dataclasses
 
-    image = None
+    from nd_jax.generate.first_frame import STEPS
+
+    image, model = None, parts.model
     if args.image:
-        try:
-            image = hashlib.sha256(args.image.read_bytes()).hexdigest()
-        except OSError as error:
-            raise UserError(f"{args.image}: cannot be read ({error.strerror}); check --image") from error
+        image = hashlib.sha256(args.image.read_bytes()).hexdigest()
     kept = ("height", "width", "video_frames", "frame_rate", "negative_prompt", "text_length")
     settings = {name: getattr(model.settings, name) for name in kept}
     sampling = {name: getattr(sampler, name) for name in ("mode", "steps", "guidance")}
@@ -164,6 +218,10 @@ def _settings(args: argparse.Namespace, model: Any, sampler: Any) -> dict[str, A
         "seed": args.seed,
         "dtype": args.dtype,
         "image": image,
+        "first_frame_steps": STEPS if parts.first_frame else None,
+        "super_resolution": None if parts.super_resolution == "off" else parts.super_resolution,
+        "safety_frames": parts.safety_frames or None,
+        "prompt_modifier": model.settings.prompt_modifier or None,
         **settings,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in sampling.items()},
         "function_evaluations": sampler.function_evaluations,
@@ -171,142 +229,29 @@ def _settings(args: argparse.Namespace, model: Any, sampler: Any) -> dict[str, A
     }
 
 
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Makes the output folder, or checks that what it holds was made with the same settings."""
+def _claim(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes the output folder, or checks that what it holds was made with the same settings; the last summary."""
     from nd_jax.files import write_text
     from nd_jax.weights.sources import read_json
 
     path = output / SUMMARY
     if path.exists():
-        before = read_json(path).get("settings", {})
+        summary = read_json(path)
+        before = summary.get("settings", {})
         unlike = [name for name in settings if before.get(name) != settings[name]]
         if unlike:
             raise UserError(
                 f"{output}: its videos were made with {unlike[0]} {before.get(unlike[0])!r}, not "
                 f"{settings[unlike[0]]!r}; choose another --output"
             )
-        return
+        return summary
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be created ({error.strerror}); choose another --output") from error
-    write_text(path, json.dumps({"settings": settings}, indent=2) + "\n")
-
-
-def _make(args: argparse.Namespace, model: Any, jobs: list[Job]) -> dict[str, Any]:
-    """The pipeline over the missing files: (timings, memory). Latents lie in files between transformer and decoder."""
-    import resource
-    import time
-
-    import jax
-    import jax.numpy as jnp
-
-    from nd_jax.generate import pipeline
-    from nd_jax.generate.videos import read_image, write_video
-    from nd_jax.train.sharding import make_mesh
-
-    begin, dtype, timings = time.perf_counter(), jnp.dtype(args.dtype), pipeline.Timings()
-    mesh = make_mesh({"data": -1}) if args.shard else None
-    to_sample = [job for job in jobs if not job.latents.exists()]
-    to_decode = [job for job in jobs if not job.video.exists()]
-    image = read_image(args.image, model.settings.height, model.settings.width) if args.image else None
-    with _progress() as bar:
-        if to_sample:
-            sampler = model.sampler()
-            bar.phase("text", len(to_sample))
-            # The last row is the negative prompt's.
-            texts = [job.prompt for job in to_sample]
-            texts += [model.settings.negative_prompt] if sampler.needs_negative else []
-            text = pipeline.encode_prompts(model, texts, dtype, timings, bar.advance)
-            negative = jax.tree.map(lambda x: x[-1:], text) if sampler.needs_negative else None
-            first_frame = None
-            if image is not None:
-                bar.phase("first frame", 1)
-                first_frame = pipeline.encode_first_frame(model, image, dtype, timings)
-            batches = -(-len(to_sample) // args.batch)
-            bar.phase("latents", batches * len(sampler.sampled_units) * sampler.video.stages)
-            done = iter(to_sample)
-            for batch in pipeline.sample_latents(
-                model,
-                jax.tree.map(lambda x: x[: len(to_sample)], text),
-                [job.id for job in to_sample],
-                args.seed,
-                negative,
-                first_frame,
-                args.batch,
-                dtype,
-                mesh,
-                timings,
-                lambda end: bar.advance(),
-            ):
-                for latents in batch:
-                    _save_array(next(done).latents, latents)
-        if to_decode:
-            bar.phase("frames", len(to_decode))
-            decode = pipeline.video_decoder(model, dtype, timings)
-            for job in to_decode:
-                write_video(job.video, decode(_load_array(job.latents)), model.settings.frame_rate)
-                if not args.latents:
-                    job.latents.unlink()
-                bar.advance()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {
-        "prompts_per_call": args.batch,
-        "devices": jax.device_count() if mesh is not None else 1,
-        "device": jax.devices()[0].device_kind,
-        **timings.summary(),
-        "seconds_total": round(time.perf_counter() - begin, 3),
-        "peak_memory_gib": round(peak, 3),
-    }
-
-
-def _save_array(path: Path, array: Any) -> None:
-    import numpy as np
-
-    from nd_jax.files import replacing
-
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, array)
-
-
-def _load_array(path: Path) -> Any:
-    import numpy as np
-
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an array that can be read; delete it, it will be made again") from error
-
-
-class _Bar:
-    """One bar a phase on a terminal, elsewhere a line when it begins."""
-
-    def __init__(self, progress: Any):
-        self._progress, self._task = progress, None
-
-    def phase(self, name: str, total: int) -> None:
-        self._task = self._progress.add_task(name, total=total)
-        if self._progress.disable:
-            print(f"{name}: {total} to do", flush=True)
-
-    def advance(self) -> None:
-        self._progress.advance(self._task)
-
-
-def _progress() -> Any:
-    import contextlib
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-
-    @contextlib.contextmanager
-    def bar() -> Iterator[_Bar]:
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-            yield _Bar(progress)
-
-    return bar()
+    summary = {"settings": settings}
+    write_text(path, json.dumps(summary, indent=2) + "\n")
+    return summary
 
 
 if __name__ == "__main__":

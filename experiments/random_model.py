@@ -1,14 +1,17 @@
 """A model folder of random weights in the released layout: for tests, measurements and trying out a machine.
 
     python -m experiments.random_model --output random_model
-    python -m experiments.generate --model random_model --prompts prompts.txt --output videos --image first.png
+    python -m experiments.generate --model random_model --prompts prompts.txt --output videos
 
-`full` has the released sizes of Neodragon (DistilT5 and ContextAdapter, both CLIPs, 18 blocks, the asymmetric VAE),
-2.7 billion parameters, in bfloat16. `tiny` is of the same kinds with a few thousand, `tiny-teacher` of Pyramid-Flow's
-kinds (T5, context embedder, native decoder). The tokenizers are small ones, built from the toy world's captions.
+`full` has the released sizes of Neodragon (DistilT5 and ContextAdapter, both CLIPs, 18 blocks, the asymmetric VAE, and
+SSD-1B with its CLIPs and image autoencoder), 4.9 billion parameters, in bfloat16, and QuickSRNet's medium network,
+which the released folder does not have. `tiny` is of the same kinds with some ten thousand, `tiny-teacher` of
+Pyramid-Flow's kinds (T5, context embedder, native decoder; no first frame, no super-resolution). The tokenizers are
+small ones, built from the toy world's captions.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -21,22 +24,27 @@ import numpy as np
 from nd_jax.errors import run_command
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+FIRST_FRAME_TOKENIZERS = ("ssd_1b_tokenizer", "ssd_1b_tokenizer_2")
 SIZES = ("full", "tiny", "tiny-teacher")
 VOCABULARY = 128
 
 
 def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, Any]]:
     """(subfolder -> (network, config), entries of generation.json) of one of `SIZES`."""
+    from nd_jax.models.autoencoder_kl import AutoencoderKLConfig
     from nd_jax.models.clip_text import CLIP_G, CLIP_L, CLIPTextConfig
     from nd_jax.models.context_adapter import ContextAdapterConfig
     from nd_jax.models.mmdit import MMDiTConfig
+    from nd_jax.models.quicksrnet import QuickSRNetConfig, variant_config
     from nd_jax.models.t5 import DistilT5Config, T5Config
+    from nd_jax.models.unet import UNetConfig
     from nd_jax.models.video_vae import AsymmetricVideoVAEConfig, CausalVideoVAEConfig
     from nd_jax.weights import mmdit, networks, vae
 
     if size == "full":
         clips, t5, adapter = (CLIP_L, CLIP_G), DistilT5Config(), ContextAdapterConfig()
         transformer, video_vae, settings = MMDiTConfig(), AsymmetricVideoVAEConfig(), {}
+        unet, image_vae, large = UNetConfig(), AutoencoderKLConfig(), variant_config("medium", 2)
     else:
         clip = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=2, eos_token_id=1)
         clips = (CLIPTextConfig(**clip, num_attention_heads=2, max_position_embeddings=16, projection_dim=8),) * 2
@@ -68,6 +76,21 @@ def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, 
         )
         tiny = AsymmetricVideoVAEConfig(**coder, decoder_num_features=(8,) * 4)
         video_vae = CausalVideoVAEConfig(**coder, **decoder) if size == "tiny-teacher" else tiny
+        unet = UNetConfig(
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=32,
+            transformer_layers_per_block=(1, (1,)),
+            reverse_transformer_layers_per_block=((1, 2), 1),
+            attention_head_dim=2,
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=32,
+        )
+        image_vae = AutoencoderKLConfig(block_out_channels=(8,) * 3, layers_per_block=1, norm_num_groups=4)
+        large = QuickSRNetConfig(num_channels=8, num_intermediate_layers=1)
         settings = dict(height=64, width=64, video_frames=9, frame_rate=8, text_length=16)
     parts = {
         "text_encoder": (networks.CLIP_TEXT, clips[0]),
@@ -76,9 +99,16 @@ def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, 
         "context_adapter": (networks.CONTEXT_ADAPTER, adapter),
         "diffusion_transformer_320p": (mmdit.PYRAMID_MMDIT, transformer),
         "causal_video_vae": (vae.ASYMMETRIC_VIDEO_VAE, video_vae),
+        "ssd_1b_text_encoder": (networks.CLIP_TEXT_MODEL, dataclasses.replace(clips[0], projection_dim=None)),
+        "ssd_1b_text_encoder_2": (networks.CLIP_TEXT, clips[1]),
+        "ssd_1b_unet": (networks.UNET, unet),
+        "ssd_1b_vae": (networks.AUTOENCODER_KL, image_vae),
+        "quicksrnet": (networks.QUICKSRNET, large),
     }
     if size == "tiny-teacher":
         settings |= dict(mode="monolithic", first_steps=[2, 1, 1], steps=[1, 1, 1], guidance=[3, 2])
+        for name in [name for name in parts if name.startswith(("ssd_1b_", "quicksrnet"))]:
+            del parts[name]
         del parts["context_adapter"], parts["diffusion_transformer_320p"]
         parts["text_encoder_3"] = (networks.T5_ENCODER, t5.encoder)
         parts["diffusion_transformer_384p"] = (mmdit.PYRAMID_FLOW_MMDIT, transformer)
@@ -129,7 +159,7 @@ def write_random_model(folder: Path, size: str, seed: int = 0, dtype: Any = "bfl
         counts[name] = sum(leaf.size for leaf in jax.tree.leaves(params))
         del params
     prompts = toy_prompts(512, seed=0)
-    for name in TOKENIZERS:
+    for name in (*TOKENIZERS, *(FIRST_FRAME_TOKENIZERS if "ssd_1b_unet" in parts else ())):
         if not (folder / name).exists():
             build_unigram_tokenizer(prompts, VOCABULARY, folder / name)
     if settings:
@@ -145,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the model folder")
-    parser.add_argument("--size", choices=SIZES, default="full", help="full is 5.5 GB on disk (default full)")
+    parser.add_argument("--size", choices=SIZES, default="full", help="full is 10 GB on disk (default full)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     args = parser.parse_args(argv)
     counts = write_random_model(args.output, args.size, args.seed)

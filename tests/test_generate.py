@@ -39,7 +39,7 @@ def run(root, output, *more, size="tiny", prompts="prompts.txt"):
 
 
 def image_of(root):
-    return "--image", root / "first.png"
+    return "--image", root / "first.png", "--super-resolution", "off"
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_video_per_prompt_and_a_summary(hybrid):
 
 def test_the_first_frame_is_a_sample_of_the_image(folder, hybrid):
     model = open_model(folder / "tiny")
-    posterior = pipeline.encode_first_frame(model, read_image(folder / "first.png", 64, 64), np.float32)
+    posterior = pipeline.encode_first_frames(model, [read_image(folder / "first.png", 64, 64)], np.float32)
     z = [latents[:1] for latents in arrays(hybrid).values()]
     mean = np.asarray(normalize_latents(model.vae, posterior.mean)[0])
     std = model.vae.latent_scale[0] * np.exp(0.5 * posterior.logvar[0])
@@ -136,9 +136,9 @@ def test_other_settings_in_the_same_folder_are_refused(folder, hybrid):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((), "mode hybrid starts from an image: give --image, or --mode monolithic"),
-        (("--mode", "monolithic", "--image", "first.png"), "mode monolithic takes none"),
-        (("--image", "absent.png"), r"absent\.png: cannot be read"),
+        (("--mode", "monolithic", "--image", "first.png"), "mode monolithic takes no image"),
+        (("--image", "absent.png"), r"absent\.png: No such file or directory; give a PNG"),
+        (("--keep-first-frames", "--mode", "monolithic"), "--keep-first-frames: no first frame is made"),
         (("--frames", 10), "a clip of 10 video frames does not fit"),
         (("--height", 60), "60 x 64 pixels: give multiples of 32"),
         (("--steps", "1,1"), r"steps is \[1, 1\]: give 3"),
@@ -215,6 +215,11 @@ def test_full_size_random_models_have_the_released_sizes():
         "context_adapter": 130_041_344,
         "diffusion_transformer_320p": 1_512_155_200,
         "causal_video_vae": 119_543_507,
+        "ssd_1b_text_encoder": 123_060_480,
+        "ssd_1b_text_encoder_2": 694_659_840,
+        "ssd_1b_unet": 1_331_334_404,
+        "ssd_1b_vae": 83_653_863,
+        "quicksrnet": 50_604,
     }
 
 

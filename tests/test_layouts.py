@@ -64,6 +64,17 @@ def test_halves_of_the_video_vae(name, network, decoder):
     assert frozen == {path: shape for path, shape in shapes.items() if path.startswith(("encoder/", "quant_conv/"))}
 
 
+def test_a_clip_without_projection():
+    """The first encoder of SSD-1B; its config.json has a projection_dim all the same."""
+    layout = json.loads((LAYOUTS / "clip_l_text_with_projection.json").read_text(encoding="utf-8"))
+    del layout["state_dict"]["text_projection.weight"]
+    network = networks.CLIP_TEXT_MODEL
+    config = network.read_config(layout["config_kwargs"])
+    shapes = networks.flat_shapes(network, config)
+    assert {t.keys[0]: list(t.shape) for t in expand(network.table(config), shapes)} == layout["state_dict"]
+    assert sum(math.prod(shape) for shape in shapes.values()) == layout["parameters_by_top_module"]["text_model"]
+
+
 def test_written_configs_are_read_back_as_the_same():
     # The settings without which these classes are others than ours.
     needed = {name: {"feed_forward_proj": "gated-gelu"} for name in ("t5_encoder", "distil_t5")}

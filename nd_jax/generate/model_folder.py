@@ -12,10 +12,12 @@ or the folder's only `diffusion_transformer*`. A transformer with its own contex
     height, width      of the video, pixels                                                       320, 512
     video_frames       8k + 1                                                                     49
     frame_rate         per second                                                                 24
-    mode               "hybrid" (from a given first frame) or "monolithic"      hybrid; with T5: monolithic
+    mode               "hybrid" (from a given first frame, or from one of the
+                       ssd_1b_* components, see `first_frame`) or "monolithic"  hybrid; with T5: monolithic
     steps              Euler steps per stage, coarsest first                    1, 1, 1; monolithic: 10, 10, 10
     first_steps        the same for the first latent frame (monolithic)         20, 20, 20
     guidance           of the first latent frame and of the others, 1 for none  1, 1; monolithic: 7, 5
+    prompt_modifier    put behind every prompt, for the first frame too         ""
     negative_prompt    what guidance leads away from                            ""
     text_length        tokens of T5                                             128
 """
@@ -59,6 +61,7 @@ class GenerationSettings:
     steps: tuple[int, ...] | None = None
     first_steps: tuple[int, ...] | None = None
     guidance: tuple[float, float] | None = None
+    prompt_modifier: str = ""
     negative_prompt: str = ""
     text_length: int = 128
 
@@ -77,8 +80,9 @@ class GenerationSettings:
             raise UserError(f"guidance is {pair!r}: give two numbers, for the first latent frame and for the others")
         if self.mode is not None and self.mode not in MODES:
             raise UserError(f"mode is {self.mode!r}: give one of {', '.join(MODES)}")
-        if not isinstance(self.negative_prompt, str):
-            raise UserError(f"negative_prompt is {self.negative_prompt!r}: give a text")
+        for name in ("prompt_modifier", "negative_prompt"):
+            if not isinstance(getattr(self, name), str):
+                raise UserError(f"{name} is {getattr(self, name)!r}: give a text")
 
 
 def _is_number(value: Any) -> bool:

@@ -231,7 +231,7 @@ def rollout_stages(
         negative = jax.tree.map(lambda n, t: jnp.broadcast_to(n, t.shape), negative, text)
     place = lambda tree: jax.tree.map(jnp.asarray, tree)
     if mesh is not None:
-        _check_rows(rows, mesh)
+        check_rows(rows, mesh)
         place = lambda tree: jax.device_put(tree, batch_sharding(mesh))
     text, noise, negative, first_frame = (place(tree) for tree in (text, noise, negative, first_frame))
     latents = place(jnp.zeros(noise.initial.shape, jnp.float32))
@@ -325,7 +325,8 @@ def _check(
         raise UserError("guidance needs the negative conditioning of every prompt, or one for all of them")
 
 
-def _check_rows(rows: int, mesh: Mesh) -> None:
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Raises UserError for a batch that the mesh's data and fsdp axes do not divide."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % parts:
         raise UserError(f"a batch of {rows} does not divide among {parts} devices: make it a multiple of {parts}")

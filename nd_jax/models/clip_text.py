@@ -1,7 +1,7 @@
-"""CLIP text models with projection (CLIP-L and CLIP-G): pooled and penultimate states.
+"""CLIP text models (CLIP-L and CLIP-G), with projection or without: pooled and penultimate states.
 
-Agrees with `transformers.CLIPTextModelWithProjection`. Pre-norm blocks with causal attention and no padding mask, as
-the public pipelines run them. Shape letters as in `t5.py`, P for the projection width.
+Agrees with `transformers.CLIPTextModelWithProjection` and `CLIPTextModel`. Pre-norm blocks with causal attention and no
+padding mask, as the public pipelines run them. Shape letters as in `t5.py`, P for the projection width.
 """
 
 import dataclasses
@@ -34,7 +34,10 @@ LOGICAL_AXES = (
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """Same names as `transformers.CLIPTextConfig`; the defaults are CLIP-L (ViT-L/14)."""
+    """Same names as `transformers.CLIPTextConfig`; the defaults are CLIP-L (ViT-L/14).
+
+    `projection_dim` is None for a model without projection, whatever its config.json says.
+    """
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -42,7 +45,7 @@ class CLIPTextConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     max_position_embeddings: int = 77
-    projection_dim: int = 768
+    projection_dim: int | None = 768
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
@@ -66,35 +69,47 @@ CLIP_G = CLIPTextConfig(
 
 
 class CLIPTextOutput(NamedTuple):
-    """`text_embeds` [B, P]; `penultimate` [B, L, D] (the last block's input); `last_hidden_state` [B, L, D], normed."""
+    """`penultimate` [B, L, D] (the last block's input); `last_hidden_state` [B, L, D], normed.
 
-    text_embeds: jax.Array
+    `text_embeds` [B, P] is None without a projection.
+    """
+
+    text_embeds: jax.Array | None
     penultimate: jax.Array
     last_hidden_state: jax.Array
 
 
 class CLIPBlock(nn.Module):
-    """Pre-norm transformer block: [B, L, D] -> [B, L, D]."""
+    """Pre-norm transformer block: [B, L, D] -> [B, L, D].
 
-    config: CLIPTextConfig
+    Attributes:
+      config: sizes; those of the vision tower have the same names.
+      dtype, param_dtype: of computation and parameters.
+      is_causal: whether a token sees none behind it.
+    """
+
+    config: Any
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    is_causal: bool = True
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
         kwargs = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         norm = partial(LayerNorm, self.config.layer_norm_eps, self.param_dtype)
-        x_BLD = x_BLD + CLIPAttention(self.config, name="attention", **kwargs)(norm(name="attention_norm")(x_BLD))
+        attention = CLIPAttention(self.config, is_causal=self.is_causal, name="attention", **kwargs)
+        x_BLD = x_BLD + attention(norm(name="attention_norm")(x_BLD))
         x_BLD = x_BLD + CLIPFeedForward(self.config, name="mlp", **kwargs)(norm(name="mlp_norm")(x_BLD))
         return nn.with_logical_constraint(x_BLD, ("batch", "length", "activation_embed"))
 
 
 class CLIPAttention(nn.Module):
-    """Causal self-attention with biases."""
+    """Self-attention with biases."""
 
-    config: CLIPTextConfig
+    config: Any
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    is_causal: bool = True
 
     @nn.compact
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
@@ -103,14 +118,15 @@ class CLIPAttention(nn.Module):
         heads = lambda name: dense(name=name)(x_BLD).reshape(*x_BLD.shape[:-1], cfg.num_attention_heads, -1)
         # JAX's own code mixes bfloat16 and float32, which a strict caller forbids.
         with jax.numpy_dtype_promotion("standard"):
-            mixed = jax.nn.dot_product_attention(heads("query"), heads("key"), heads("value"), is_causal=True)
+            qkv = (heads(name) for name in ("query", "key", "value"))
+            mixed = jax.nn.dot_product_attention(*qkv, is_causal=self.is_causal)
         return dense(name="out")(mixed.reshape(x_BLD.shape))
 
 
 class CLIPFeedForward(nn.Module):
     """Two linear layers with the config's activation between them."""
 
-    config: CLIPTextConfig
+    config: Any
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -122,21 +138,33 @@ class CLIPFeedForward(nn.Module):
 
 
 class _ScannedBlock(nn.Module):
-    config: CLIPTextConfig
+    config: Any
     dtype: Any
     param_dtype: Any
+    is_causal: bool
 
     @nn.compact
     def __call__(self, carry, _):
-        block = CLIPBlock(self.config, self.dtype, self.param_dtype)
+        block = CLIPBlock(self.config, self.dtype, self.param_dtype, self.is_causal)
         nn.share_scope(self, block)
         x_BLD, _ = carry
         # The carry keeps the block's input, so that the scan ends with the penultimate state at no extra memory.
         return (block(x_BLD), x_BLD), None
 
 
+def clip_blocks(config: Any, dtype: Any, param_dtype: Any, is_causal: bool) -> nn.Module:
+    """All blocks, their parameters stacked on axis 0: ((x, x), None) -> ((last state, the one before), None)."""
+    blocks = nn.scan(
+        _ScannedBlock,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=config.num_hidden_layers,
+    )
+    return blocks(config, dtype, param_dtype, is_causal, name="blocks")
+
+
 class CLIPText(nn.Module):
-    """CLIP text model with projection. Block parameters are stacked on axis 0 (`blocks/...`)."""
+    """CLIP text model, with projection or without. Block parameters are stacked on axis 0 (`blocks/...`)."""
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32
@@ -156,14 +184,11 @@ class CLIPText(nn.Module):
         positions = jnp.arange(ids.shape[-1])
         tokens = embed(cfg.vocab_size, name="token_embedding")(ids)
         x_BLD = tokens + embed(cfg.max_position_embeddings, name="position_embedding")(positions)[None]
-        blocks = nn.scan(
-            _ScannedBlock,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=cfg.num_hidden_layers,
-        )(cfg, self.dtype, self.param_dtype, name="blocks")
+        blocks = clip_blocks(cfg, self.dtype, self.param_dtype, is_causal=True)
         (x_BLD, penultimate_BLD), _ = blocks((x_BLD, x_BLD), None)
         last_BLD = LayerNorm(cfg.layer_norm_eps, self.param_dtype, name="final_norm")(x_BLD)
+        if cfg.projection_dim is None:
+            return CLIPTextOutput(None, penultimate_BLD, last_BLD)
         pooled_BD = jnp.take_along_axis(last_BLD, eos_positions(ids, cfg)[:, None, None], axis=1)[:, 0]
         project = nn.Dense(
             cfg.projection_dim, use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype, name="text_projection"

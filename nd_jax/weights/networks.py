@@ -1,7 +1,7 @@
 """The networks that can be read from and written to model folders.
 
 A `Network` (see `network.py`) ties together what belongs to one class of a released folder: how its config.json is
-read and written, its Flax module, and its weight table. Here are those of text; `NETWORKS` are all there are.
+read and written, its Flax module, and its weight table. Here are T5's and the adapters; `NETWORKS` are all there are.
 """
 
 import dataclasses
@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from nd_jax.errors import UserError
-from nd_jax.models import clip_text, context_adapter, t5
+from nd_jax.models import context_adapter, t5
+from nd_jax.weights.clip import CLIP_TEXT, CLIP_TEXT_MODEL, SAFETY_CHECKER
 from nd_jax.weights.first_frame import AUTOENCODER_KL, UNET
 from nd_jax.weights.mmdit import PYRAMID_FLOW_MMDIT, PYRAMID_MMDIT
 from nd_jax.weights.network import Network, abstract_params, config_fields, flat_shapes
@@ -179,54 +180,9 @@ CONTEXT_EMBEDDER = Network(
     partial=True,
 )
 
-# --- CLIP -------------------------------------------------------------------------------------------------------------
-
-
-def _clip_table(config: clip_text.CLIPTextConfig) -> WeightTable:
-    def linear(ours: str, theirs: str) -> tuple:
-        return (f"{ours}/kernel", f"{theirs}.weight", LINEAR), (f"{ours}/bias", f"{theirs}.bias", KEEP)
-
-    def norm(ours: str, theirs: str) -> tuple:
-        return (f"{ours}/scale", f"{theirs}.weight", KEEP), (f"{ours}/bias", f"{theirs}.bias", KEEP)
-
-    return (
-        Weight("token_embedding/embedding", "text_model.embeddings.token_embedding.weight"),
-        Weight("position_embedding/embedding", "text_model.embeddings.position_embedding.weight"),
-        *rows(
-            "blocks/",
-            "text_model.encoder.layers.{}.",
-            *norm("attention_norm", "layer_norm1"),
-            *linear("attention/query", "self_attn.q_proj"),
-            *linear("attention/key", "self_attn.k_proj"),
-            *linear("attention/value", "self_attn.v_proj"),
-            *linear("attention/out", "self_attn.out_proj"),
-            *norm("mlp_norm", "layer_norm2"),
-            *linear("mlp/up", "mlp.fc1"),
-            *linear("mlp/down", "mlp.fc2"),
-        ),
-        *rows("", "text_model.", *norm("final_norm", "final_layer_norm")),
-        Weight("text_projection/kernel", "text_projection.weight", LINEAR),
-    )
-
-
-CLIP_TEXT = Network(
-    name="clip_text",
-    class_names=("CLIPTextModelWithProjection",),
-    read_config=lambda json: clip_text.CLIPTextConfig(**config_fields(clip_text.CLIPTextConfig, json)),
-    write_config=lambda config: {
-        "architectures": ["CLIPTextModelWithProjection"],
-        "model_type": "clip_text_model",
-        **dataclasses.asdict(config),
-    },
-    module=clip_text.CLIPText,
-    inputs=lambda config: _token_inputs(min(8, config.max_position_embeddings), with_mask=False),
-    table=_clip_table,
-    logical_axes=clip_text.LOGICAL_AXES,
-    ignored=(r"text_model\.embeddings\.position_ids",),
-)
-
 NETWORKS = (
-    *(T5_ENCODER, DISTIL_T5, CONTEXT_ADAPTER, CONTEXT_EMBEDDER, CLIP_TEXT),
+    *(T5_ENCODER, DISTIL_T5, CONTEXT_ADAPTER, CONTEXT_EMBEDDER),
+    *(CLIP_TEXT, CLIP_TEXT_MODEL, SAFETY_CHECKER),
     *(PYRAMID_MMDIT, PYRAMID_FLOW_MMDIT),
     *(CAUSAL_VIDEO_VAE, ASYMMETRIC_VIDEO_VAE, VIDEO_VAE_ENCODER),
     *(UNET, AUTOENCODER_KL),
