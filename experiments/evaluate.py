@@ -5,6 +5,9 @@
     python -m experiments.evaluate rollouts --teacher DIR --student DIR [DIR ...] --prompts FILE --output DIR
     python -m experiments.evaluate velocity --run DIR --student DIR [DIR ...] --output DIR
     python -m experiments.evaluate steps --run DIR --output DIR
+    python -m experiments.evaluate vbench-generate --model DIR --prompts FILE [FILE ...] --output DIR
+    python -m experiments.evaluate vbench-score --videos DIR --output FILE
+    python -m experiments.evaluate vbench-total --scores FILE [FILE ...]
 
 toy-world   makes a clip for every caption of a toy world that training never saw and reads colour, shape, direction and
             speed back (nd_jax/data/toy_checker.py): accuracy with 95 % intervals beside chance, a Frechet distance to
@@ -15,6 +18,7 @@ rollouts    samples with a teacher and its students from the same noise: cosine 
             frame and stage, a report, and a picture with all of them side by side.
 velocity    errors of transformers on the held-out states of a training of `prune`.
 steps       a picture of what student, teacher and fake model of a training of `steps` make of the same held-out rows.
+vbench-*    videos for VBench, its scores, and its quality, semantic and total score (docs/evaluation.md).
 """
 
 import argparse
@@ -25,7 +29,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import evaluate_decoder, evaluate_rollouts, evaluate_steps, evaluate_velocity
+from experiments import (
+    evaluate_decoder,
+    evaluate_rollouts,
+    evaluate_steps,
+    evaluate_vbench,
+    evaluate_vbench_scores,
+    evaluate_velocity,
+)
 from experiments.generate import numbers, whole_numbers
 from nd_jax.errors import UserError, run_command
 
@@ -83,7 +94,33 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     evaluate_steps.add_arguments(steps)
+    add_vbench_commands(commands)
     return parser.parse_args(argv)
+
+
+def add_vbench_commands(commands: Any) -> None:
+    """The three commands that go with VBench."""
+    generate = commands.add_parser(
+        "vbench-generate",
+        help="make the videos that VBench looks at",
+        description="Make {prompt}-{sample}.mp4 for all prompts; the same command again makes only what is missing.",
+        allow_abbrev=False,
+    )
+    evaluate_vbench.add_generate_arguments(generate)
+    score = commands.add_parser(
+        "vbench-score",
+        help="score such videos with the vbench package",
+        description="Score videos in VBench's dimensions; the same command again scores only what is missing.",
+        allow_abbrev=False,
+    )
+    evaluate_vbench_scores.add_score_arguments(score)
+    total = commands.add_parser(
+        "vbench-total",
+        help="what is VBench's total of such scores?",
+        description="Quality, semantic and total score as on VBench's leaderboard.",
+        allow_abbrev=False,
+    )
+    evaluate_vbench_scores.add_total_arguments(total)
 
 
 def toy_world(args: argparse.Namespace) -> dict[str, Any]:
@@ -188,6 +225,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = evaluate_steps.evaluate_steps(args)
         shown = ", ".join(result["columns"])
         print(f"step {result['step']}: {shown}: {args.output / evaluate_steps.PICTURE}")
+        return 0
+    if args.command == "vbench-generate":
+        print(evaluate_vbench.describe_generate(args, evaluate_vbench.vbench_generate(args)))
+        return 0
+    if args.command == "vbench-score":
+        print(evaluate_vbench_scores.describe_score(args, evaluate_vbench_scores.vbench_score(args)))
+        return 0
+    if args.command == "vbench-total":
+        print(evaluate_vbench_scores.describe_total(args, evaluate_vbench_scores.vbench_total(args)))
         return 0
     result = toy_world(args)
     rates = ", ".join(
