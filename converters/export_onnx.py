@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from converters import graphs, onnx_check, onnx_edit, onnx_lint, onnx_rewrite, qdq, tflite_route
+from converters import graph_sizes, graphs, onnx_check, onnx_edit, onnx_lint, onnx_rewrite, qdq, tflite_route
 from converters.graphs import Graph, GraphOptions
 from converters.numerics import FP16_MAX
 from converters.output_files import replacing_files, write_json
@@ -30,6 +30,8 @@ from nd_jax.weights.table import flatten
 # Float32 against float32: what is left is the order of additions.
 MIN_SNR_DB = 80.0
 SAMPLES = 4
+# Of a command-line option.
+SIZES = "(default: as generation.json in the model folder says)"
 
 
 def export_graph(
@@ -174,6 +176,14 @@ def calibration_tokens(model_dir: Path, prompts: Path, length: int, count: int =
     return np.stack([row["ids"] for row in rows]), np.stack([row["mask"] for row in rows])
 
 
+def blocks(text: str) -> tuple[int, int]:
+    """`0:6` -> (0, 6)."""
+    first, colon, stop = text.partition(":")
+    if not (colon and first.isdecimal() and stop.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of blocks such as 0:6")
+    return int(first), int(stop)
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m converters.export_onnx", description="Exports a graph of a model folder to ONNX for Hexagon."
@@ -182,11 +192,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--graph", required=True, help=f"one of {', '.join(sorted(graphs.GRAPHS))}")
     parser.add_argument("--output", type=Path, required=True, help="folder for GRAPH.onnx and what belongs to it")
     parser.add_argument("--batch", type=int, default=1, help="static batch size (default 1)")
-    parser.add_argument("--length", type=int, default=128, help="static number of tokens (default 128)")
+    parser.add_argument("--length", type=int, help=f"static number of text tokens {SIZES}")
+    parser.add_argument("--latent-height", type=int, help=f"of the video's latents {SIZES}")
+    parser.add_argument("--latent-width", type=int, help=f"of the video's latents {SIZES}")
+    parser.add_argument("--latent-frames", type=int, help=f"of the video {SIZES}")
+    parser.add_argument("--height", type=int, help=f"of the video's frames, in pixels {SIZES}")
+    parser.add_argument("--width", type=int, help=f"of the video's frames, in pixels {SIZES}")
+    parser.add_argument("--image-latent-height", type=int, help=f"of the first frame's latents {SIZES}")
+    parser.add_argument("--image-latent-width", type=int, help=f"of the first frame's latents {SIZES}")
+    parser.add_argument("--context-length", type=int, help=f"text tokens of the first frame {SIZES}")
+    parser.add_argument("--blocks", type=blocks, metavar="A:B", help="blocks A to B - 1 of the transformer only")
     parser.add_argument(
-        "--latent-height", type=int, default=40, help="of the decoder's latent: pixels / 8 (default 40)"
+        "--transformer",
+        default=graphs.TRANSFORMER,
+        help="subfolder of the transformer (default %(default)s), or the absolute path of one in its place",
     )
-    parser.add_argument("--latent-width", type=int, default=64, help="of the decoder's latent (default 64)")
     parser.add_argument("--samples", type=Path, help="inputs to compare on, in the form of calibration data")
     parser.add_argument(
         "--residual-scale",
@@ -208,19 +228,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    for name in ("batch", "length", "latent_height", "latent_width"):
-        if getattr(args, name) < 1:
+    sizes = graph_sizes.folder_sizes(args.model)
+    for name in ("batch", *sizes):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
-    calibration = calibration_tokens(args.model, args.prompts, args.length) if args.prompts else None
+    sizes |= {name: getattr(args, name) for name in sizes if getattr(args, name) is not None}
     options = GraphOptions(
-        args.batch,
-        args.length,
-        args.residual_scale,
-        args.gelu,
-        calibration,
-        args.seed,
-        args.latent_height,
-        args.latent_width,
+        batch=args.batch,
+        residual_scale=args.residual_scale,
+        gelu=args.gelu,
+        calibration=calibration_tokens(args.model, args.prompts, sizes["length"]) if args.prompts else None,
+        seed=args.seed,
+        blocks=args.blocks,
+        transformer=args.transformer,
+        **sizes,
     )
     report = export_graph(
         args.model,
@@ -236,9 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     snr = ", ".join(f"{name} {value:.1f} dB" for name, value in worst[:3])
     snr += f" and {len(worst) - 3} outputs better than that" if len(worst) > 3 else ""
     print(
-        f"exported {args.graph}: {report['nodes_before_rewrite']} -> {report['nodes']} nodes, "
+        f"exported {report['graph']}: {report['nodes_before_rewrite']} -> {report['nodes']} nodes, "
         f"{report['data_bytes'] / 1e6:.0f} MB of weights, agrees with JAX to {snr}, in {report['seconds']:.0f} s: "
-        f"{args.output / args.graph}.onnx"
+        f"{args.output / report['graph']}.onnx"
     )
     return 0
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nd_jax.errors import UserError
+from nd_jax.generate.model_folder import TRANSFORMER
 from nd_jax.weights.folder import Component
 from nd_jax.weights.network import Network
 
@@ -61,7 +62,13 @@ class GraphOptions:
       gelu: "expanded" or "native", for the tanh form; see `onnx_rewrite.expand_tanh_gelu`.
       calibration: token ids and masks, int32 [N, length] each, that `auto` measures on; None for random ids.
       seed: of random calibration ids.
-      latent_height, latent_width: of the decoder's latent, an eighth of the video's.
+      latent_height, latent_width: of the video's latents, an eighth of its pixels.
+      latent_frames: of the whole video.
+      height, width: of the video's frames, in pixels.
+      image_latent_height, image_latent_width: of the latents of the first frame's picture.
+      context_length: text tokens of the first frame.
+      blocks: (first, one past the last) of a transformer's blocks; None for all.
+      transformer: the transformer's subfolder.
     """
 
     batch: int = 1
@@ -72,6 +79,14 @@ class GraphOptions:
     seed: int = 0
     latent_height: int = 40
     latent_width: int = 64
+    latent_frames: int = 7
+    height: int = 320
+    width: int = 512
+    image_latent_height: int = 80
+    image_latent_width: int = 128
+    context_length: int = 77
+    blocks: tuple[int, int] | None = None
+    transformer: str = TRANSFORMER
 
 
 def component_of(components: Mapping[str, Component], folder: str, network: Network) -> Component:

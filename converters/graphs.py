@@ -16,8 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters import decoder_graph, residual_scale
-from converters.graph import Graph, GraphOptions, TensorSpec, component_of
+from converters import (
+    clip_graph,
+    decoder_graph,
+    device_layers,
+    first_frame_graph,
+    mmdit_graph,
+    quicksrnet_graph,
+    residual_scale,
+    vae_graph,
+)
+from converters.graph import TRANSFORMER, Graph, GraphOptions, TensorSpec, component_of
 from nd_jax.errors import UserError
 from nd_jax.models import t5
 from nd_jax.models.context_adapter import ContextAdapter
@@ -39,7 +48,8 @@ def load_graph(name: str, model_dir: str | Path, options: GraphOptions) -> Graph
     if name not in GRAPHS:
         raise UserError(f"graph {name!r} does not exist; choose one of {', '.join(sorted(GRAPHS))}")
     components, build = GRAPHS[name]
-    return build({folder: _load_component(Path(model_dir) / folder) for folder in components}, options)
+    folders = {name: options.transformer if name == TRANSFORMER else name for name in components}
+    return build({name: _load_component(Path(model_dir) / folder) for name, folder in folders.items()}, options)
 
 
 def _load_component(folder: Path) -> Component:
@@ -53,11 +63,6 @@ def random_tokens(rng: np.random.Generator, count: int, length: int, vocab_size:
     mask = (np.arange(length)[None, :] < lengths).astype(np.int32)
     ids = rng.integers(0, vocab_size, size=(count, length), dtype=np.int32)
     return ids * mask, mask
-
-
-def block_slices(stacked: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Stacked block parameters -> {"0": ..., "1": ...}; the slices are views."""
-    return {str(i): jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], stacked) for i in range(count)}
 
 
 def position_bias(relative_bias: np.ndarray, length: int, config: t5.T5Config) -> np.ndarray:
@@ -100,7 +105,7 @@ def text_encoder(components: Mapping[str, Component], options: GraphOptions) -> 
         )
     released = dt5.config.encoder
     encoder = {name: leaf for name, leaf in dt5.params["encoder"].items() if name != "relative_bias"}
-    encoder["blocks"] = block_slices(encoder["blocks"], released.num_layers)
+    encoder["blocks"] = device_layers.unroll(encoder["blocks"])
     encoder["position_bias"] = position_bias(dt5.params["encoder"]["relative_bias"], options.length, released)
 
     def residual_peak() -> float:
@@ -160,4 +165,10 @@ def text_encoder(components: Mapping[str, Component], options: GraphOptions) -> 
 GRAPHS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Component], GraphOptions], Graph]]] = {
     "text_encoder": (("text_encoder_3", "context_adapter"), text_encoder),
     "decoder_stream": (("causal_video_vae",), decoder_graph.decoder_stream),
+    **mmdit_graph.STAGE_GRAPHS,
+    **clip_graph.CLIP_GRAPHS,
+    "vae_encoder": ((vae_graph.VAE,), vae_graph.vae_encoder),
+    "unet": ((first_frame_graph.UNET_FOLDER,), first_frame_graph.unet),
+    "image_decoder": ((first_frame_graph.VAE_FOLDER,), first_frame_graph.image_decoder),
+    "quicksrnet": ((quicksrnet_graph.FOLDER,), quicksrnet_graph.quicksrnet),
 }

@@ -94,6 +94,8 @@ def _nodes(model: "ir.Model") -> Iterator[Problem]:
             yield Problem(where, REASONS.get(node.op_type, "this operator has not been measured on the HTP"))
         if node.op_type == "Gather" and node.inputs[1].dtype is not None and node.inputs[1].dtype.name != "INT32":
             yield Problem(where, f"indices are {node.inputs[1].dtype.name}, expected INT32")
+        if node.op_type == "RMSNormalization" and node.inputs[0].shape is not None and len(node.inputs[0].shape) > 3:
+            yield Problem(where, "an RMS norm of rank 4 is computed wrong in most sizes; reshape it to rank 3")
         if node.op_type == "Softmax" and not _over_last_axis(node):
             yield Problem(where, "softmax over an axis that is not the last")
         for value in node.outputs:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters import onnx_conv, onnx_layout
+from converters import onnx_conv, onnx_layout, onnx_norm
 from converters.onnx_edit import op_counts, replace_value
 from converters.packages import need
 from converters.scalar_cones import Cone, cones, scalar_constant
@@ -187,6 +187,44 @@ def expand_tanh_gelu(model: "ir.Model") -> int:
     return count
 
 
+def clip_instead_of_max(model: "ir.Model") -> int:
+    """Max(x, c) -> Clip(x, c) for one constant number c."""
+    import onnx_ir as ir
+
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "Max" or len(node.inputs) != 2:
+            continue
+        for x, bound in (node.inputs, node.inputs[::-1]):
+            number = scalar_constant(bound)
+            if number is not None and x.shape is not None and x.shape == node.outputs[0].shape:
+                low = ir.val(f"{node.outputs[0].name}/low", const_value=ir.tensor(number))
+                model.graph.register_initializer(low)
+                replace_value(model, node.outputs[0], ir.node("Clip", [x, low]))
+                count += 1
+                break
+    return count
+
+
+def min_into_clip(model: "ir.Model") -> int:
+    """Min(Clip(x, low), c) -> Clip(x, low, c) for one constant number c."""
+    import onnx_ir as ir
+
+    count = 0
+    for node in list(model.graph):
+        if node.op_type != "Min" or len(node.inputs) != 2:
+            continue
+        for clipped, bound in (node.inputs, node.inputs[::-1]):
+            clip, number = clipped.producer(), scalar_constant(bound)
+            if number is not None and clip is not None and clip.op_type == "Clip" and len(clip.inputs) == 2:
+                high = ir.val(f"{node.outputs[0].name}/high", const_value=ir.tensor(number))
+                model.graph.register_initializer(high)
+                replace_value(model, node.outputs[0], ir.node("Clip", [*clip.inputs, high]))
+                count += 1
+                break
+    return count
+
+
 # --- RMSNormalization and Softmax -------------------------------------------------------------------------------------
 
 
@@ -276,15 +314,23 @@ def _unused(name: str, taken: set[str]) -> str:
 REWRITES: tuple[Callable[["ir.Model"], int], ...] = (
     restore_gather,
     restore_gelu,
+    onnx_norm.restore_layer_norm,
+    onnx_norm.scale_into_layer_norm,
+    onnx_norm.restore_instance_norm,
+    clip_instead_of_max,
+    min_into_clip,
     restore_rms_norm,
     restore_softmax,
     onnx_conv.bias_into_conv,
+    onnx_conv.pad_into_conv,
     onnx_conv.clip_before_tanh,
     onnx_conv.transpose_weights,
+    onnx_conv.reshape_weights,
     onnx_conv.restore_depth_to_space,
     onnx_layout.transpose_outputs_instead,
     onnx_layout.transpose_before_concat,
     onnx_layout.merge_transposes,
+    onnx_conv.restore_resize,
     onnx_layout.matmul_before_reshape,
     onnx_layout.merge_reshapes,
     onnx_layout.drop_leading_ones,

@@ -81,6 +81,7 @@ def to_onnx(tflite: Path) -> "onnx.ModelProto":
     import tf2onnx
 
     _register_gelu()
+    _register_clip()
     with _quiet("tf2onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TFLite's Python interpreter is deprecated; tf2onnx reads files with it
         try:
@@ -129,6 +130,23 @@ def _register_gelu() -> None:
             tanh = op("Tanh", op("Mul", op("Add", x, cubic), scalar(np.sqrt(2 / np.pi))))
             half = op("Mul", x, scalar(0.5))
             op("Mul", half, op("Add", tanh, scalar(1.0)), outputs=[output], name=name, shapes=shapes, dtypes=dtypes)
+
+
+@functools.cache
+def _register_clip() -> None:
+    """tf2onnx has no handler for TFL_RELU_0_TO_1, which TFLite makes out of a clip to [0, 1]."""
+    from tf2onnx import utils
+    from tf2onnx.handler import tfl_op
+
+    @tfl_op(["TFL_RELU_0_TO_1"])
+    class TflRelu0To1:
+        @classmethod
+        def version_11(cls, ctx, node, **kwargs):
+            x, output, name = node.input[0], node.output[0], node.name
+            shapes, dtypes = [ctx.get_shape(output)], [ctx.get_dtype(output)]
+            ctx.remove_node(name)
+            ends = [ctx.make_const(utils.make_name("clip"), np.array(end, np.float32)).output[0] for end in (0, 1)]
+            ctx.make_node("Clip", [x, *ends], outputs=[output], name=name, shapes=shapes, dtypes=dtypes)
 
 
 def attach_weights(model: "onnx.ModelProto", graph: Graph) -> "onnx_ir.Model":
