@@ -199,6 +199,10 @@ class PyramidMMDiT(nn.Module):
         sinusoid = timestep_sinusoid(timestep).astype(self.dtype)
         return self.timestep_embedder(sinusoid) + self.pooled_embedder(pooled.astype(self.dtype))
 
+    def block_conditioning(self, timestep: jax.Array, pooled: jax.Array) -> jax.Array:
+        """silu(temb) [B, D], what the blocks take."""
+        return nn.silu(self.conditioning(timestep, pooled))
+
     def embed_context(self, context: jax.Array) -> jax.Array:
         """Equation 2: [B, T, E] -> [B, T, D]."""
         context = context.astype(self.dtype)
@@ -244,7 +248,7 @@ class PyramidMMDiT(nn.Module):
         activation = ("batch", "length", "activation_embed")
         image = nn.with_logical_constraint(self.embed_tokens(tokens, geometry.positions), activation)
         text = nn.with_logical_constraint(self.embed_context(context), activation)
-        conditioning = nn.silu(self.conditioning(timestep, pooled))
+        conditioning = self.block_conditioning(timestep, pooled)
         conditioning = nn.with_logical_constraint(conditioning, ("batch", "activation_embed"))
 
         sizes = dict(
