@@ -165,6 +165,40 @@ def test_what_a_partitioned_program_says():
     assert [named[k].across_slices for k in ("all-gather", "reduce-scatter", "all-reduce")] == [False, False, True]
 
 
+RINGS = """HloModule rings
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[] parameter(0)
+  %b = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%a, %b)
+}
+
+ENTRY %main (x: bf16[8,4], place: s32[]) -> (bf16[2,4], bf16[8,4]) {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %place = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %ring = bf16[8,4]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, metadata={op_name="jit(f)/up/dot_general"}
+  %row = bf16[8,4]{1,0} collective-permute(%ring), source_target_pairs={{0,1},{1,2},{2,3}}, metadata={op_name="jit(f)/up/dot_general"}
+  %moved = bf16[8,4]{1,0} collective-permute(%row), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, metadata={op_name="jit(f)/concatenate"}
+  %sum = bf16[8,4]{1,0} all-reduce(%moved), replica_groups=[1,4]<=[4], to_apply=%add
+  %whole = bf16[8,4]{1,0} all-reduce(%x), replica_groups=[1,4]<=[4], to_apply=%add
+  %mine = bf16[2,4]{1,0} dynamic-slice(%sum, %place, %zero), dynamic_slice_sizes={2,4}
+  %half = bf16[4,4]{1,0} dynamic-slice(%whole, %place, %zero), dynamic_slice_sizes={4,4}
+  ROOT %out = (bf16[2,4]{1,0}, bf16[4,4]{1,0}) tuple(%mine, %half)
+}
+"""  # noqa: E501
+
+
+def test_collectives_under_another_name():
+    named = {c.kind: c for c in collectives(hlo.parse(RINGS), devices=4)}
+    # Of a product and closed: the parts of a kernel on their way. Neither holds for the other two.
+    assert (named["windowed-einsum"].devices, named["windowed-einsum"].count) == (4, 1)
+    assert (named["collective-permute"].devices, named["collective-permute"].traffic) == (2, 2 * 64)
+    # Every device keeps its quarter of the first sum, and more than that of the second one.
+    assert (named["reduce-scatter"].bytes, named["reduce-scatter"].traffic) == (16, 3 * 16)
+    assert (named["all-reduce"].count, named["all-reduce"].traffic) == (1, 2 * 64 * 3 // 4)
+
+
 def test_a_loop_without_a_constant_bound_counts_once_and_is_reported():
     module = hlo.parse(PROGRAM.replace("%n = s32[] constant(3)", "%n = s32[] get-tuple-element(%p), index=0"))
     assert module.open_loops == ("loop",)

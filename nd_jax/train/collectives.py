@@ -6,12 +6,16 @@ Of n devices in a group, with R the bytes of the result on each, a ring has to b
     reduce-scatter  R (n - 1)              collective-permute   R                                                (2)
     all-reduce      2 R (n - 1) / n        (a reduce-scatter, then an all-gather)                                (3)
 
-The program is read as the partitioner leaves it (`hlo`). Later passes merge collectives of one operand, which is done
-here too, and turn an all-reduce whose result is cut at once into a reduce-scatter, which is not: its traffic is half of
-what is counted.
+The program is read as the partitioner leaves it (`hlo`). Later passes merge collectives of one operand and turn an
+all-reduce of which every device keeps its part alone into a reduce-scatter; here they count as that.
+
+Where a product would wait for a gathered kernel, or its result is scattered, XLA for TPUs may pass the parts round a
+ring one by one and multiply meanwhile. Those permutations are an all-gather or a reduce-scatter under way, and count
+apart from others, as `WINDOWED`.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 
@@ -28,8 +32,10 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+WINDOWED = "windowed-einsum"
 # Names that two instructions may differ in and still be the same.
 _INCIDENTAL = re.compile(r"(, )?(channel_id=\d+|metadata=\{[^}]*\}|backend_config=.*$|frontend_attributes=\{[^}]*\})")
+_OF_A_PRODUCT = re.compile(r'op_name="[^"]*dot_general"')
 # Numbers from 0 up as an array of the first sizes, its axes in the second order.
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
@@ -39,7 +45,7 @@ class Collective:
     """All collectives of one kind, dtype and group size in one call, on one device.
 
     Attributes:
-      kind: one of `KINDS`.
+      kind: one of `KINDS`, or `WINDOWED`.
       dtype: in XLA's spelling, such as "bf16".
       devices: n, of a group.
       across_slices: whether a group has devices of several slices.
@@ -67,6 +73,7 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
     """
     totals: dict[tuple, list[int]] = {}
     seen = set()
+    users = functools.cache(functools.partial(_users, module))
     for runs, computation, instruction in module.executed():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
@@ -79,11 +86,38 @@ def collectives(module: Module, devices: int, slices: int = 1) -> list[Collectiv
         size = max(map(len, groups))
         apart = any(len({device * slices // devices for device in group}) > 1 for group in groups)
         result = _result_bytes(instruction)
+        if kind == "collective-permute" and _OF_A_PRODUCT.search(instruction.attributes) and _ring(groups):
+            kind, size = WINDOWED, _ring(groups)
+        elif kind == "all-reduce" and _is_cut(users(computation).get(instruction.name, []), result, size):
+            kind, result = "reduce-scatter", result // size
         total = totals.setdefault((kind, arrays(instruction.shape)[0][0], size, apart), [0, 0, 0])
         for k, value in enumerate((1, result, _traffic(kind, result, size))):
             total[k] += runs * value
     found = [Collective(*key, *values) for key, values in totals.items()]
     return sorted(found, key=lambda c: c.traffic, reverse=True)
+
+
+def _users(module: Module, computation: str) -> dict[str, list[Instruction]]:
+    """Instruction name -> the instructions of its computation that read it."""
+    users: dict[str, list[Instruction]] = {}
+    for instruction in module.computations[computation]:
+        for name in instruction.operands:
+            users.setdefault(name, []).append(instruction)
+    return users
+
+
+def _is_cut(users: Sequence[Instruction], result: int, size: int) -> bool:
+    """Whether all that becomes of a result is one part of `size` equal ones."""
+    whole = lambda user: user.opcode != "dynamic-slice" or shape_bytes(user.shape) * size != result
+    return bool(users) and size > 1 and not any(map(whole, users))
+
+
+def _ring(pairs: Sequence[Sequence[int]]) -> int:
+    """Devices of the ring that (source, target) pairs go round, 0 where they do not end where they began."""
+    after, (start, at), length = dict(pairs), pairs[0], 1
+    while at != start and at in after:
+        at, length = after[at], length + 1
+    return length if at == start else 0
 
 
 def _result_bytes(instruction: Instruction) -> int:
@@ -100,7 +134,7 @@ def _traffic(kind: str, result: int, size: int) -> int:
         return 2 * result * (size - 1) // size
     if kind == "reduce-scatter":
         return result * (size - 1)
-    if kind in ("collective-permute", "collective-broadcast"):
+    if kind in ("collective-permute", "collective-broadcast", WINDOWED):
         return result
     return result * (size - 1) // size
 
