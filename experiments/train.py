@@ -4,14 +4,19 @@
         [--config.optimizer.learning_rate=1e-3 ...]
 
 The same command continues a run that was interrupted. Several processes: start the command once in each, with
---coordinator, --num-processes and --process-id (on Cloud TPU pods, --distributed alone finds them).
+--coordinator, --num-processes and --process-id (on Cloud TPU pods, --distributed alone finds them); see
+docs/distributed.md.
 """
 
 import argparse
+import contextlib
 import json
+import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.config_file import load_config, plain
 from nd_jax.errors import run_command
@@ -35,6 +40,20 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, when they cannot find it")
     parser.add_argument("--num-processes", type=int, help="with --coordinator: how many processes run")
     parser.add_argument("--process-id", type=int, help="with --coordinator: which one this is, from 0")
+    parser.add_argument(
+        "--heartbeat-timeout",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="a process silent for so long is lost, and all others stop (default 60)",
+    )
+    parser.add_argument(
+        "--start-timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long processes wait for one another at the start (default 300)",
+    )
     args, overrides = parser.parse_known_args(argv)
     given = [args.coordinator, args.num_processes, args.process_id]
     if any(g is not None for g in given) and None in given:
@@ -42,16 +61,21 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     return args, overrides
 
 
-def start_processes(args: argparse.Namespace) -> None:
+def processes(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """Joins the processes of the job; does nothing for a single one."""
-    import jax
+    if not (args.coordinator or args.distributed):
+        return contextlib.nullcontext()
+    from nd_jax.train.processes import joined
 
-    if args.coordinator:
-        # Only the CPU backend reads this; without it CPU processes cannot reduce across hosts.
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    elif args.distributed:
-        jax.distributed.initialize()
+    name = socket.gethostname() if args.process_id is None else f"process_{args.process_id}"
+    return joined(
+        args.workdir / "logs" / f"{name}.txt",
+        args.coordinator,
+        args.num_processes,
+        args.process_id,
+        heartbeat_seconds=args.heartbeat_timeout,
+        start_seconds=args.start_timeout,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +86,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nd_jax.train.allocator import keep_freed_memory
 
     keep_freed_memory()
-    start_processes(args)
+    with processes(args):
+        run(config, args.workdir)
+    return 0
+
+
+def cache_folder(workdir: Path) -> Path | None:
+    """Where compiled programs are kept, so that a restarted job need not compile again; None where JAX decides.
+
+    JAX decides when JAX_COMPILATION_CACHE_DIR names a folder, or JAX_ENABLE_COMPILATION_CACHE=false. Nothing is kept in
+    a workdir that this process may not write to.
+    """
+    import jax
+
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+        return None
+    return workdir.resolve() / "compilation_cache" if os.access(workdir, os.W_OK) else None
+
+
+def run(config: dict[str, Any], workdir: Path) -> None:
+    """Trains in this process, one of the job's."""
     import jax
 
     from nd_jax.data.registry import build_data
@@ -72,18 +115,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nd_jax.train.loop import train
 
     config = resolve_config(config)
-    claim_workdir(args.workdir, config)
-    if not jax.config.jax_compilation_cache_dir:
-        # A restarted job should not compile again what it compiled before.
-        jax.config.update("jax_compilation_cache_dir", str(args.workdir.resolve() / "compilation_cache"))
-    train_batches, eval_batches = build_data(config, args.workdir)
-    result = train(config, build_method(config), train_batches, eval_batches.__iter__, args.workdir)
+    claim_workdir(workdir, config)
+    if cache := cache_folder(workdir):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    train_batches, eval_batches = build_data(config, workdir)
+    result = train(config, build_method(config), train_batches, eval_batches.__iter__, workdir)
     if jax.process_index() == 0:
         summary = {"step": result.step, "interrupted": result.interrupted, **result.metrics}
-        write_text(args.workdir / "result.json", json.dumps(summary, indent=2) + "\n")
+        write_text(workdir / "result.json", json.dumps(summary, indent=2) + "\n")
         state = "interrupted" if result.interrupted else "finished"
-        print(f"{state} at step {result.step}: {args.workdir / 'checkpoints'}, {args.workdir / 'metrics.jsonl'}")
-    return 0
+        print(f"{state} at step {result.step}: {workdir / 'checkpoints'}, {workdir / 'metrics.jsonl'}")
 
 
 if __name__ == "__main__":

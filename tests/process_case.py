@@ -1,6 +1,7 @@
-"""`experiments.train` in processes of its own, for tests that kill and compare runs."""
+"""Commands in processes of their own, for tests that kill and compare runs."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +16,33 @@ ROOT = Path(__file__).parent.parent
 
 def start_command(workdir, config, given, devices):
     """`experiments.train` in a process of its own."""
-    command = [sys.executable, "-m", "experiments.train", "--config", config, "--workdir", str(workdir), *given]
+    return start_module("experiments.train", ["--config", config, "--workdir", str(workdir), *given], devices)
+
+
+def start_module(name, given, devices):
+    """A Python module as a command, with so many CPU devices."""
     # Of a flag that is given twice, XLA takes the last.
-    env = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-m", name, *given],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def logged_lines(workdir):
+    """How many lines of metrics the run has written."""
+    path = workdir / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
 
 
 def finish(*processes):
@@ -41,11 +65,8 @@ def assert_close(got, want):
 
 def kill_after(process, workdir, lines, delay):
     """SIGKILL once the run has logged so many lines, plus a delay in seconds."""
-    path = workdir / "metrics.jsonl"
     deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and len(path.read_bytes().splitlines()) >= lines:
-            break
+    while process.poll() is None and time.monotonic() < deadline and logged_lines(workdir) < lines:
         time.sleep(0.005)
     time.sleep(delay)
     process.kill()

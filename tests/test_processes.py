@@ -2,12 +2,11 @@
 
 import random
 import signal
-import socket
 import time
 
 import pytest
 
-from tests.process_case import assert_close, finish, history, kill_after, start_command
+from tests.process_case import assert_close, finish, free_port, history, kill_after, logged_lines, start_command
 from tests.text_encoder_case import CONFIG, arguments, write_prompts
 
 STEPS = 12
@@ -51,9 +50,7 @@ def test_killed_on_2x4_and_continued_on_1x8(tmp_path, prompts, undisturbed):
 
 
 def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path, prompts, undisturbed):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     flags = lambda i: ("--coordinator", f"127.0.0.1:{port}", "--num-processes", "2", "--process-id", str(i))
     finish(*(start(tmp_path, prompts, *flags(i), devices=4, **MESH_2x4) for i in range(2)))
     assert_close(history(tmp_path), undisturbed)
@@ -61,8 +58,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path, prompts, und
 
 def test_sigterm_saves_and_exits_0(tmp_path, prompts, undisturbed):
     process = start(tmp_path, prompts, **MESH_2x4)
-    path = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (path.exists() and len(path.read_bytes().splitlines()) >= 4):
+    while process.poll() is None and logged_lines(tmp_path) < 4:
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     finish(process)

@@ -110,6 +110,32 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path):
     assert load_deployed(tmp_path / "w").step == 2
 
 
+def test_compiled_programs_are_kept_in_the_workdir_unless_the_environment_says_otherwise(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    assert before and command.cache_folder(tmp_path) is None  # The suite's own, from the environment.
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert command.cache_folder(tmp_path) == tmp_path / "compilation_cache"
+        monkeypatch.setattr(command.os, "access", lambda path, mode: False)
+        assert command.cache_folder(tmp_path) is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_processes_are_joined_as_the_flags_say(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("nd_jax.train.processes.joined", lambda *args, **kwargs: given.append((args, kwargs)))
+    flags = ["--config", CONFIG, "--workdir", str(tmp_path)]
+    with command.processes(command.parse(flags)[0]):
+        assert given == []  # A single process joins nothing.
+    many = ["--coordinator", "host:1", "--num-processes", "2", "--process-id", "1", "--heartbeat-timeout", "7"]
+    command.processes(command.parse([*flags, *many])[0])
+    log = tmp_path / "logs" / "process_1.txt"
+    assert given == [((log, "host:1", 2, 1), {"heartbeat_seconds": 7, "start_seconds": 300})]
+    with pytest.raises(SystemExit):
+        command.parse([*flags, "--coordinator", "host:1"])
+
+
 def test_teacher_and_student_from_folders(tmp_path):
     """Released layouts in: a T5 encoder, a denoiser of which the embedder is read, and a T5 to start DT5 from."""
     prompts = write_prompts(tmp_path / "prompts.txt")

@@ -25,6 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 from nd_jax.distill.base import merge
 from nd_jax.errors import UserError, first_line
 from nd_jax.files import write_text
+from nd_jax.train.processes import lost_contact
 from nd_jax.train.step import TrainState
 
 CONFIG_FILE = "config.json"
@@ -102,6 +103,8 @@ class Checkpointer:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax and TensorStore raise many types; each means that this folder cannot be read
+            if lost_contact(error):
+                raise
             raise UserError(_damaged(where, error)) from error
         saved, ours = restored["meta"]["frozen"], self._meta["frozen"]
         for role in ours:
@@ -131,7 +134,7 @@ class _SaveErrors:
         return self
 
     def __exit__(self, kind, error, trace):
-        if error is None or not isinstance(error, Exception):
+        if error is None or not isinstance(error, Exception) or lost_contact(error):
             return
         what = "a checkpoint" if self._step is None else f"the checkpoint of step {self._step} or the one before it"
         raise UserError(

@@ -21,6 +21,7 @@ from nd_jax.distill.base import Distillation, Mean
 from nd_jax.errors import UserError
 from nd_jax.train import checkpoint, metrics, optimizer, sharding
 from nd_jax.train import step as steps
+from nd_jax.train.processes import lost_contact
 
 
 class BatchIterator(Protocol):
@@ -324,6 +325,8 @@ def _last_good(saver: checkpoint.Checkpointer) -> str:
 def _close(saver: checkpoint.Checkpointer) -> None:
     """Waits for saves in flight. An error that is already on its way is not replaced by a second one."""
     in_flight = sys.exc_info()[1]
+    if lost_contact(in_flight):
+        return  # A save needs all processes.
     try:
         saver.close()
     except Exception as error:
