@@ -1,4 +1,4 @@
-"""Speed against the usual PyTorch implementations, side by side in one run.
+"""Speed against the usual PyTorch implementations, or against the same without one thing, side by side in one run.
 
     python -m experiments.benchmark [--suite NAME ...] [--repeats N] [--output FILE.json]
 
@@ -46,11 +46,46 @@ def decoder() -> Iterable[Any]:
     return decoder_cases()
 
 
-# Name -> what it compares, and the function that gives its cases (`benchmark_networks.Case`).
+def data() -> Iterable[Any]:
+    from experiments.benchmark_data import data_cases
+
+    return data_cases(threads())
+
+
+def checkpoint() -> Iterable[Any]:
+    from experiments.benchmark_checkpoint import checkpoint_cases
+
+    return checkpoint_cases()
+
+
+def loop() -> Iterable[Any]:
+    from experiments.benchmark_checkpoint import loop_cases
+
+    return loop_cases()
+
+
+def weights() -> Iterable[Any]:
+    from experiments.benchmark_weights import weight_cases
+
+    return weight_cases()
+
+
+def compilation() -> Iterable[Any]:
+    from experiments.benchmark_compile import compile_cases
+
+    return compile_cases()
+
+
+# Name -> what it compares, and the function that gives its cases (`benchmark_case.Case`).
 SUITES: dict[str, tuple[str, Callable[[], Iterable[Any]]]] = {
     "joint_block": ("a joint block of the video transformer, against diffusers, float32, full size", joint_block),
     "decoder": ("the tiny decoder, streaming, against plain PyTorch in channels-last, float32, full size", decoder),
     "t5_layer": ("a layer of the T5 v1.1 XXL encoder, against transformers, float32, full size", t5_layer),
+    "data": ("prompts, cached latents and decoded clips, against PyTorch's DataLoader", data),
+    "checkpoint": ("save and restore, against torch.save and torch.load", checkpoint),
+    "loop": ("what the loader and a checkpoint cost training steps, against steps without", loop),
+    "weights": ("import and export of weights, against reading and writing the same in PyTorch", weights),
+    "compilation": ("compiling with the compilation cache, against compiling anew", compilation),
 }
 
 
@@ -108,12 +143,27 @@ def run_cases(suite: str, cases: Iterable[Any], repeats: int, begin: Callable[[s
         begin(case.name)
         load = os.getloadavg()[0]
         ours, reference = case.build()
-        times = time_pair(ours, reference, repeats)
+        summary = summarise(time_pair(ours, reference, repeats))
         results.append(
-            {"suite": suite, "case": case.name, **case.sizes, "load_before": load, **summarise(times)}
+            {"suite": suite, "case": case.name, "against": case.reference, **case.sizes, "load_before": load, **summary}
+            | rates(case, summary)
             | {"load_after": os.getloadavg()[0]}
         )
     return results
+
+
+def rates(case: Any, summary: dict[str, Any]) -> dict[str, Any]:
+    """What a case says beyond times: `rate` of both sides in its `unit` a second, from the medians; `waited`, the
+    seconds that each run kept the training loop waiting, and `waited_share`, their median over that of a run."""
+    found: dict[str, Any] = {}
+    if case.amount:
+        found["rate"] = {side: case.amount / summary[side]["median"] for side in ("nd_jax", "reference")}
+        found["rate"]["unit"] = f"{case.unit}/s"
+    if case.waited:
+        timed = case.waited[-len(summary["nd_jax"]["seconds"]) :]
+        found["waited"] = timed
+        found["waited_share"] = statistics.median(timed) / summary["nd_jax"]["median"]
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -140,29 +190,41 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("case", "ratio", "quartiles", "of minima", "processor", "nd_jax, s", "PyTorch, s", "load")
-    spread = lambda side: f"{side['median']:.3f} ({side['minimum']:.3f}-{side['maximum']:.3f})"
+    table = Table("case", "ratio", "quartiles", "of minima", "processor", "nd_jax, s", "reference, s", "rates", "load")
+    spread = lambda side: f"{side['median']:.3g} ({side['minimum']:.3g}-{side['maximum']:.3g})"
     for r in results:
         low, high = r["ratio_range"]
         table.add_row(
             r["case"],
-            f"{r['ratio']:.2f}",
-            f"{low:.2f}-{high:.2f}",
-            f"{r['ratio_of_minima']:.2f}",
-            f"{r['processor_ratio']:.2f}",
+            f"{r['ratio']:.3g}",
+            f"{low:.3g}-{high:.3g}",
+            f"{r['ratio_of_minima']:.3g}",
+            f"{r['processor_ratio']:.3g}",
             spread(r["nd_jax"]),
-            spread(r["reference"]),
+            f"{r['against']}: {spread(r['reference'])}",
+            shown_rates(r),
             f"{r['load_before']:.1f}-{r['load_after']:.1f}",
         )
-    # A log has no width of its own, and eight columns do not fit the 80 that are then assumed.
-    Console(width=None if sys.stdout.isatty() else 170).print(table)
+    # A log has no width of its own, and nine columns do not fit the 80 that are then assumed.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def shown_rates(result: dict[str, Any]) -> str:
+    """`rates` in a cell: ours and the other side's, and the share of time that a loop waited."""
+    shown = []
+    if "rate" in result:
+        rate = result["rate"]
+        shown.append(f"{rate['nd_jax']:.3g}, {rate['reference']:.3g} {rate['unit']}")
+    if "waited_share" in result:
+        shown.append(f"waited {100 * result['waited_share']:.2g} %")
+    return "; ".join(shown)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     suites = "\n".join(f"  {name:12} {what}" for name, (what, _) in SUITES.items())
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmark",
-        description="Time layers of nd_jax and of their PyTorch counterparts in turn; print and write the ratios.",
+        description="Time nd_jax and its counterparts in turn; print and write the ratios.",
         epilog=f"suites:\n{suites}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

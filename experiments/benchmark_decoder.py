@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.packages import need
-from experiments.benchmark_networks import Case
+from experiments.benchmark_case import Case
 from nd_jax.models.taehv import GROUPS, MEMORY_BLOCKS, TAEHVConfig, TAEHVDecoder, initial_states
 
 LATENT_SIZE = (40, 64)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.packages import need
+from experiments.benchmark_case import Case
 from nd_jax.models.attention import default_attention
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.mmdit_block import HEAD_NORM_EPSILON, JointBlock, TokenGeometry
@@ -26,21 +27,6 @@ from nd_jax.weights.networks import T5_ENCODER
 from nd_jax.weights.table import unflatten
 
 TEXT_TOKENS = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One comparison.
-
-    Attributes:
-      name: what runs.
-      sizes: its sizes, for the record.
-      build: makes (ours, reference), two functions of nothing that return when their work is done.
-    """
-
-    name: str
-    sizes: Mapping[str, int]
-    build: Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]
 
 
 def block_params(network: Network, config: Any, state: Mapping[str, Any]) -> dict:
