@@ -75,13 +75,17 @@ def result_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    """Results on the terminal."""
+    """The columns of the table that a terminal has room for."""
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    table = RichTable(*result_headers())
+    headers = result_headers()
+    shown = [headers.index(name) for name in ("model", "shape, %", "all, %", "kept of all", "evaluations", "s a clip")]
+    table = RichTable()
+    for k in shown:
+        table.add_column(headers[k], no_wrap=k == 0)
     for row in result_rows(results):
-        table.add_row(*row)
+        table.add_row(*(row[k] for k in shown))
     Console().print(table)
 
 
