@@ -56,8 +56,11 @@ class Parts(NamedTuple):
     wanted: tuple[str, ...]
 
 
-def make_videos(args: argparse.Namespace, parts: Parts, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Makes what the jobs lack: timings, memory, and the ids that the safety checker flagged."""
+def make_videos(args: argparse.Namespace, parts: Parts, jobs: Sequence[Job], progress: Any = None) -> dict[str, Any]:
+    """Makes what the jobs lack: timings, memory, and the ids that the safety checker flagged.
+
+    `progress` has the methods of `_Bar` and takes its place: phase(name, total), and advance() after each of the total.
+    """
     import resource
     import time
 
@@ -76,7 +79,7 @@ def make_videos(args: argparse.Namespace, parts: Parts, jobs: Sequence[Job]) -> 
     to_sample = [job for job in jobs if job.lacks(LATENTS) and (job in to_decode or LATENTS in parts.wanted)]
     to_draw = [job for job in jobs if job.lacks(PICTURE) and (job in to_sample or PICTURE in parts.wanted)]
     unsafe = None
-    with _progress() as bar:
+    with _progress() if progress is None else contextlib.nullcontext(progress) as bar:
         if parts.first_frame is not None and to_draw:
             draw_first_frames(args, parts, to_draw, dtype, mesh, timings, bar)
         if to_sample:
@@ -135,10 +138,10 @@ def sample_videos(
     from nd_jax.generate import pipeline
 
     model, settings, sampler = parts.model, parts.model.settings, parts.model.sampler()
-    bar.phase("text", len(jobs))
     # The last row is the negative prompt's.
     texts = [job.prompt + settings.prompt_modifier for job in jobs]
     texts += [settings.negative_prompt] if sampler.needs_negative else []
+    bar.phase("text", len(texts))
     text = pipeline.encode_prompts(model, texts, dtype, timings, bar.advance)
     negative = jax.tree.map(lambda x: x[-1:], text) if sampler.needs_negative else None
     first_frames = None

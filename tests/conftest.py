@@ -51,6 +51,7 @@ SLOW = (
     "test_first_frame",
     "test_first_frame_pipeline",
     "test_safety_checker",
+    "test_demo",
     "test_mmdit_graph",
     "test_export_graphs",
     "test_sampler",
