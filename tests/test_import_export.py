@@ -69,8 +69,8 @@ def model(tmp_path):
     save_component(mmdit, networks.PYRAMID_FLOW_MMDIT, MMDIT, random_params(networks.PYRAMID_FLOW_MMDIT, MMDIT))
     # Another library's sines, different in the last digits.
     rewrite(mmdit, lambda t: t.update({POSITIONS: t[POSITIONS] * np.float32(1 + 1e-6)}), MMDIT_FILE)
-    (root / "safety_checker").mkdir()
-    (root / "safety_checker" / "config.json").write_text('{"architectures": ["StableDiffusionSafetyChecker"]}')
+    (root / "image_encoder").mkdir()
+    (root / "image_encoder" / "config.json").write_text('{"architectures": ["CLIPVisionModelWithProjection"]}')
     (root / "tokenizer_3").mkdir()
     (root / "tokenizer_3" / "tokenizer.json").write_text("{}")
     return root
@@ -80,12 +80,12 @@ def test_a_model_folder_comes_back_byte_by_byte(model, tmp_path, capsys):
     assert import_torch.main(["--source", str(model), "--output", str(tmp_path / "store")]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("imported 5 components, ") and captured.out.count("\n") == 1
-    assert "skipped safety_checker: class StableDiffusionSafetyChecker is not supported" in captured.err
+    assert "skipped image_encoder: class CLIPVisionModelWithProjection is not supported" in captured.err
     report = json.loads((tmp_path / "store" / "import.json").read_text())
     assert set(report["components"]) == {
         *("text_encoder", "text_encoder_2", "text_encoder_3", "context_adapter", "diffusion_transformer_384p")
     }
-    assert report["skipped"] == {"safety_checker": "class StableDiffusionSafetyChecker is not supported"}
+    assert report["skipped"] == {"image_encoder": "class CLIPVisionModelWithProjection is not supported"}
     assert report["copied"] == ["tokenizer_3"]
     assert report["components"]["context_adapter"]["dtypes"] == ["bfloat16", "float32"]
 
@@ -94,7 +94,7 @@ def test_a_model_folder_comes_back_byte_by_byte(model, tmp_path, capsys):
     assert captured.out.startswith("exported 5 components, ") and not captured.err
     exported = files(tmp_path / "out")
     assert json.loads(exported.pop("export.json"))["skipped"] == {}
-    expected = {n: b for n, b in files(model).items() if not n.startswith("safety_checker")}
+    expected = {n: b for n, b in files(model).items() if not n.startswith("image_encoder")}
     assert exported == expected
 
 
