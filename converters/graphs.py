@@ -86,6 +86,13 @@ def encode(params: Mapping[str, Any], ids: jax.Array, mask: jax.Array, config: t
     return residuals
 
 
+def encode_hidden(params: Mapping[str, Any], ids: jax.Array, mask: jax.Array, config: t5.T5Config) -> jax.Array:
+    """The end of `encode` behind the final norm, [B, L, D]."""
+    x_BLD = encode(params, ids, mask, config)[-1]
+    with jax.named_scope("encoder/final_norm"):
+        return t5.RMSNorm(config.layer_norm_epsilon).apply({"params": params["final_norm"]}, x_BLD)
+
+
 def text_encoder(components: Mapping[str, Component], options: GraphOptions) -> Graph:
     """DT5 and ContextAdapter: `input_ids`, `attention_mask` int32 [B, L] -> `context` float32 [B, L, D_out].
 
@@ -103,10 +110,67 @@ def text_encoder(components: Mapping[str, Component], options: GraphOptions) -> 
             f"text_encoder_3 gives width {dt5.config.projection_dim} and context_adapter takes "
             f"{adapter.config.input_dims}: the two components do not belong together"
         )
-    released = dt5.config.encoder
-    encoder = {name: leaf for name, leaf in dt5.params["encoder"].items() if name != "relative_bias"}
+    encoder, config, notes = _device_encoder(dt5.params["encoder"], dt5.config.encoder, options)
+    params = {"encoder": encoder, "projection": dt5.params["projection"], "context_adapter": adapter.params}
+    adapter_module = ContextAdapter(adapter.config)
+
+    def apply(params, ids, mask):
+        projection = t5.DistilT5Projection(dt5.config.projection_dim)
+        hidden = projection.apply({"params": params["projection"]}, encode_hidden(params["encoder"], ids, mask, config))
+        return (adapter_module.apply({"params": params["context_adapter"]}, hidden),)
+
+    @jax.jit
+    def reference_with(dt5_params, adapter_params, ids, mask):
+        hidden = t5.DistilT5(dt5.config).apply({"params": dt5_params}, ids, mask)
+        return (adapter_module.apply({"params": adapter_params}, hidden),)
+
+    activations = [adapter.config.activation_fn] * len(adapter.config.layer_depths) + [adapter.config.out_activation_fn]
+    return _token_graph(
+        "text_encoder",
+        config,
+        options,
+        adapter.config.output_dims,
+        more_gelus=activations.count("gelu"),
+        params=params,
+        apply=apply,
+        reference=lambda ids, mask: reference_with(dt5.params, adapter.params, ids, mask),
+        notes=notes,
+    )
+
+
+def t5_encoder(components: Mapping[str, Component], options: GraphOptions) -> Graph:
+    """T5 alone, of a teacher: `input_ids`, `attention_mask` int32 [B, L] -> `context` float32 [B, L, D].
+
+    Args:
+      components: "text_encoder_3" (T5 encoder).
+      options: sizes and residual scale.
+
+    Raises:
+      UserError: a component of another class, or an invalid residual scale.
+    """
+    component = component_of(components, "text_encoder_3", networks.T5_ENCODER)
+    encoder, config, notes = _device_encoder(component.params, component.config, options)
+    model = t5.T5Encoder(component.config)
+    reference = jax.jit(lambda params, ids, mask: (model.apply({"params": params}, ids, mask).hidden,))
+    return _token_graph(
+        "t5_encoder",
+        config,
+        options,
+        config.d_model,
+        params={"encoder": encoder},
+        apply=lambda params, ids, mask: (encode_hidden(params["encoder"], ids, mask, config),),
+        reference=lambda ids, mask: reference(component.params, ids, mask),
+        notes=notes,
+    )
+
+
+def _device_encoder(
+    params: Mapping[str, Any], released: t5.T5Config, options: GraphOptions
+) -> tuple[dict[str, Any], t5.T5Config, dict[str, Any]]:
+    """Parameters of a T5 encoder -> (those of `encode`, scale folded; the config that goes with them; notes)."""
+    encoder = {name: leaf for name, leaf in params.items() if name != "relative_bias"}
     encoder["blocks"] = device_layers.unroll(encoder["blocks"])
-    encoder["position_bias"] = position_bias(dt5.params["encoder"]["relative_bias"], options.length, released)
+    encoder["position_bias"] = position_bias(params["relative_bias"], options.length, released)
 
     def residual_peak() -> float:
         ids, mask = options.calibration or random_tokens(
@@ -116,54 +180,40 @@ def text_encoder(components: Mapping[str, Component], options: GraphOptions) -> 
 
     scale, measured = residual_scale.choose(options.residual_scale, residual_peak)
     config = dataclasses.replace(released, layer_norm_epsilon=released.layer_norm_epsilon * scale**2)
-    params = {
-        "encoder": residual_scale.fold(encoder, scale),
-        "projection": dt5.params["projection"],
-        "context_adapter": adapter.params,
-    }
-    adapter_module = ContextAdapter(adapter.config)
+    notes = {"residual_scale": scale, "residual_peak": measured, "masked_logit": DEVICE_MASKED_LOGIT}
+    return residual_scale.fold(encoder, scale), config, notes
 
-    def apply(params, ids, mask):
-        x_BLD = encode(params["encoder"], ids, mask, config)[-1]
-        with jax.named_scope("encoder/final_norm"):
-            x_BLD = t5.RMSNorm(config.layer_norm_epsilon).apply({"params": params["encoder"]["final_norm"]}, x_BLD)
-        projection = t5.DistilT5Projection(dt5.config.projection_dim)
-        hidden = projection.apply({"params": params["projection"]}, x_BLD)
-        return (adapter_module.apply({"params": params["context_adapter"]}, hidden),)
 
-    @jax.jit
-    def reference_with(dt5_params, adapter_params, ids, mask):
-        hidden = t5.DistilT5(dt5.config).apply({"params": dt5_params}, ids, mask)
-        return (adapter_module.apply({"params": adapter_params}, hidden),)
+def _token_graph(
+    name: str, config: t5.T5Config, options: GraphOptions, width: int, more_gelus: int = 0, **parts: Any
+) -> Graph:
+    """A graph from ids and masks to a context of `width` channels by a T5 encoder and what is behind it."""
+    tokens = (options.batch, options.length)
 
     def sample(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        ids, mask = random_tokens(rng, options.batch, options.length, released.vocab_size)
+        ids, mask = random_tokens(rng, *tokens, config.vocab_size)
         return {"input_ids": ids, "attention_mask": mask}
 
-    tokens = (options.batch, options.length)
-    activations = [adapter.config.activation_fn] * len(adapter.config.layer_depths) + [adapter.config.out_activation_fn]
     return Graph(
-        name="text_encoder",
+        name=name,
         inputs=(TensorSpec("input_ids", tokens, "int32"), TensorSpec("attention_mask", tokens, "int32")),
-        outputs=(TensorSpec("context", (*tokens, adapter.config.output_dims), "float32"),),
-        params=params,
-        apply=apply,
-        reference=lambda ids, mask: reference_with(dt5.params, adapter.params, ids, mask),
+        outputs=(TensorSpec("context", (*tokens, width), "float32"),),
         sample=sample,
         native_ops={
             "Gather": 1,
-            "RMSNormalization": 2 * released.num_layers + 1,
-            "Softmax": released.num_layers,
-            "Gelu": released.num_layers + activations.count("gelu"),
+            "RMSNormalization": 2 * config.num_layers + 1,
+            "Softmax": config.num_layers,
+            "Gelu": config.num_layers + more_gelus,
         },
         expand_tanh_gelu=options.gelu == "expanded",
-        notes={"residual_scale": scale, "residual_peak": measured, "masked_logit": DEVICE_MASKED_LOGIT},
+        **parts,
     )
 
 
 # name -> (subfolders of the model folder, builder)
 GRAPHS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Component], GraphOptions], Graph]]] = {
     "text_encoder": (("text_encoder_3", "context_adapter"), text_encoder),
+    "t5_encoder": (("text_encoder_3",), t5_encoder),
     "decoder_stream": (("causal_video_vae",), decoder_graph.decoder_stream),
     **mmdit_graph.STAGE_GRAPHS,
     **clip_graph.CLIP_GRAPHS,

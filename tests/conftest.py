@@ -54,6 +54,7 @@ SLOW = (
     "test_demo",
     "test_mmdit_graph",
     "test_export_graphs",
+    "test_bundle",
     "test_sampler",
     "test_decoder_training",
     "test_video_vae_training",

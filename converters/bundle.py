@@ -1,0 +1,161 @@
+"""Everything of a model folder that a phone needs to make its videos, in one folder.
+
+    python -m converters.bundle --model DIR --output BUNDLE
+    python -m converters.run_hexagon --bundle BUNDLE --prompt TEXT --output video.mp4
+
+    BUNDLE/model.json         graphs, order of calls, sampler, constants (converters/bundle_manifest.py)
+    BUNDLE/graphs/            NAME.onnx and what export_onnx writes beside it
+    BUNDLE/host.safetensors   weights and tables of what the host computes (converters/bundle_host.py)
+    BUNDLE/tokenizer*/        copies
+
+The mode and all sizes are those of generation.json. The folder appears when it is complete.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters import export_onnx, graph_sizes, graphs
+from converters.bundle_manifest import HOST, MANIFEST, graph_names, manifest, stage_arrays
+from converters.first_frame_graph import CONDITIONING_PARAMS
+from converters.graph import TRANSFORMER, GraphOptions
+from converters.output_files import write_json
+from converters.packages import need
+from converters.progress import stages
+from nd_jax.errors import UserError, run_command
+from nd_jax.files import replacing_folder
+from nd_jax.generate import lcm
+from nd_jax.generate.first_frame import GUIDANCE_SCALE, UNET_FOLDER, has_first_frame, open_first_frame
+from nd_jax.generate.model_folder import ModelFolder, open_model
+from nd_jax.generate.parts import open_tokenizer
+from nd_jax.generate.super_resolution import has_super_resolution, open_super_resolution
+from nd_jax.weights.folder import Component, load_component
+from nd_jax.weights.safetensors_io import build_header, write_safetensors
+from nd_jax.weights.table import flatten
+from nd_jax.weights.vae import ASYMMETRIC_VIDEO_VAE
+
+MMDIT_EMBEDDERS = ("timestep_embedder", "pooled_embedder")
+
+
+def write_bundle(
+    model_dir: str | Path, output: str | Path, allow_overflow: bool = False, residual_scale: str = "auto"
+) -> dict[str, Any]:
+    """Exports all graphs of a model folder's mode, and writes what goes with them.
+
+    Args:
+      model_dir: released layout, with the tiny video decoder.
+      output: the bundle; one that is there is replaced.
+      allow_overflow: as of `export_onnx.export_graph`, for every graph.
+      residual_scale: of T5, see `converters.residual_scale`.
+
+    Returns:
+      `model.json`.
+
+    Raises:
+      UserError: a bad model folder, one with Pyramid-Flow's own decoder, or a graph that does not export.
+    """
+    need("tensorflow", "tf2onnx", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+    model_dir, output = Path(model_dir), Path(output)
+    model = open_model(model_dir)
+    if model.vae_network is not ASYMMETRIC_VIDEO_VAE:
+        raise UserError(
+            f"{model.path('vae')}: holds a {model.vae_network.name}, whose decoder is no graph; a bundle needs the "
+            "tiny decoder (docs/decoder.md): put one in its place in a copy of the model folder"
+        )
+    drawn = model.mode == "hybrid" and has_first_frame(model_dir)
+    first = open_first_frame(model_dir) if drawn else None
+    enlarges = has_super_resolution(model_dir)
+    if enlarges:
+        open_super_resolution(model_dir)
+    names = graph_names(model, first, enlarges)
+    options = GraphOptions(residual_scale=residual_scale, **graph_sizes.folder_sizes(model_dir))
+    with replacing_folder(output, MANIFEST) as folder, stages(len(names) + 1) as begin:
+        reports, arrays = _export(model, names, options, folder / "graphs", allow_overflow, begin)
+        begin("host")
+        entry = manifest(model, first, reports)
+        for tokenizer in entry["tokenizers"].values():
+            source, target = model_dir / tokenizer["folder"], folder / tokenizer["folder"]
+            open_tokenizer(source, tokenizer["vocab_size"], tokenizer["length"])
+            shutil.copytree(source, target)
+        arrays |= stage_arrays(model)
+        header = build_header({name: (array.dtype, array.shape) for name, array in arrays.items()}, None)
+        write_safetensors(folder / HOST, header, arrays.__getitem__)
+        shapes = {name: {"shape": list(a.shape), "dtype": a.dtype.name} for name, a in sorted(arrays.items())}
+        entry["host"] = {"file": HOST, "arrays": shapes}
+        write_json(folder / MANIFEST, entry)
+    return entry
+
+
+def _export(
+    model: ModelFolder,
+    names: Sequence[str],
+    options: GraphOptions,
+    folder: Path,
+    allow_overflow: bool,
+    begin: Callable[[str], None],
+) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """(report of every graph, the weights of what the host computes)."""
+    # The graphs' names of the subfolders that differ from model to model.
+    places = {TRANSFORMER: model.parts["transformer"], "context_adapter": model.parts.get("context_adapter", "")}
+    reports, arrays, loaded = {}, {}, {}
+    for name in names:
+        begin(name)
+        folders, build = graphs.GRAPHS[name]
+        # Graphs of one component follow each other; others do not stay in memory.
+        loaded = {
+            part: loaded.get(part) or load_component(model.root / places.get(part, part), dtype=np.float32)
+            for part in folders
+        }
+        reports[name] = export_onnx.export_loaded(build(loaded, options), folder, allow_overflow=allow_overflow)
+        arrays |= host_weights(loaded)
+    return reports, arrays
+
+
+def host_weights(components: Mapping[str, Component]) -> dict[str, np.ndarray]:
+    """Weights of equations 1 and 6 of `bundle_host`, where the transformer or the UNet is among the components."""
+    arrays = {}
+    if TRANSFORMER in components:
+        arrays |= flatten({name: components[TRANSFORMER].params[name] for name in MMDIT_EMBEDDERS})
+    if UNET_FOLDER in components:
+        unet = components[UNET_FOLDER]
+        tree = {name: unet.params[name] for name in CONDITIONING_PARAMS if name in unet.params}
+        channels, guidance = (
+            unet.config.time_cond_proj_dim,
+            np.zeros((1, unet.config.block_out_channels[0]), np.float32),
+        )
+        if channels is not None:  # Nothing is guided, so that this is a constant.
+            embedded = np.asarray(lcm.guidance_embedding(np.full(1, GUIDANCE_SCALE, np.float32), channels))
+            guidance = embedded @ tree.pop("guidance_projection")["kernel"]
+        arrays |= flatten({"unet": tree | {"guidance": guidance}})
+    return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m converters.bundle",
+        description="Export all graphs of a model folder, with what a phone needs to run them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder in the released layout")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the bundle")
+    parser.add_argument("--residual-scale", default="auto", help="of T5: auto, none or a power of two (default auto)")
+    parser.add_argument("--allow-overflow", action="store_true", help="export although a value passes FP16's 65504")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status; raises UserError."""
+    args = parse(argv)
+    entry = write_bundle(args.model, args.output, args.allow_overflow, args.residual_scale)
+    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    print(f"{len(entry['graphs'])} graphs, mode {entry['mode']}, {size / 1e6:.1f} MB: {args.output / MANIFEST}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
