@@ -45,6 +45,46 @@ RESULT, STRIPS = "toy_world.json", "strips.png"
 SHOWN, SHOWN_FRAMES = 12, 5
 
 
+# Command -> what its line in the help says, its description, and what adds its options; `toy-world` is in this file.
+COMMANDS = {
+    "decoder": (
+        "how well does a tiny decoder do beside the one that it stands in for?",
+        "Decode the latents of clips by a tiny decoder and by its native one, and compare.",
+        evaluate_decoder.add_arguments,
+    ),
+    "rollouts": (
+        "how far are students' latents from a teacher's?",
+        "Sample with a teacher and its students from the same noise, and compare latents.",
+        evaluate_rollouts.add_arguments,
+    ),
+    "velocity": (
+        "what are the errors of transformers on held-out states?",
+        "Measure transformers on the held-out states of a training of `prune`.",
+        evaluate_velocity.add_arguments,
+    ),
+    "steps": (
+        "what do student, teacher and fake model make of the same rows?",
+        "Draw predictions of a training of `steps` side by side.",
+        evaluate_steps.add_arguments,
+    ),
+    "vbench-generate": (
+        "make the videos that VBench looks at",
+        "Make {prompt}-{sample}.mp4 for all prompts; the same command again makes only what is missing.",
+        evaluate_vbench.add_generate_arguments,
+    ),
+    "vbench-score": (
+        "score such videos with the vbench package",
+        "Score videos in VBench's dimensions; the same command again scores only what is missing.",
+        evaluate_vbench_scores.add_score_arguments,
+    ),
+    "vbench-total": (
+        "what is VBench's total of such scores?",
+        "Quality, semantic and total score as on VBench's leaderboard.",
+        evaluate_vbench_scores.add_total_arguments,
+    ),
+}
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.evaluate", description="Measure a model folder.", allow_abbrev=False
@@ -66,61 +106,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--clips", type=int, default=200, metavar="N", help="how many (default 200)")
     add("--seed", type=int, default=1000, help="of captions and noise (default 1000)")
     add("--batch", type=int, default=50, metavar="N", help="clips at once (default 50)")
-    decoder = commands.add_parser(
-        "decoder",
-        help="how well does a tiny decoder do beside the one that it stands in for?",
-        description="Decode the latents of clips by a tiny decoder and by its native one, and compare.",
-        allow_abbrev=False,
-    )
-    evaluate_decoder.add_arguments(decoder)
-    rollouts = commands.add_parser(
-        "rollouts",
-        help="how far are students' latents from a teacher's?",
-        description="Sample with a teacher and its students from the same noise, and compare latents.",
-        allow_abbrev=False,
-    )
-    evaluate_rollouts.add_arguments(rollouts)
-    velocity = commands.add_parser(
-        "velocity",
-        help="what are the errors of transformers on held-out states?",
-        description="Measure transformers on the held-out states of a training of `prune`.",
-        allow_abbrev=False,
-    )
-    evaluate_velocity.add_arguments(velocity)
-    steps = commands.add_parser(
-        "steps",
-        help="what do student, teacher and fake model make of the same rows?",
-        description="Draw predictions of a training of `steps` side by side.",
-        allow_abbrev=False,
-    )
-    evaluate_steps.add_arguments(steps)
-    add_vbench_commands(commands)
+    for name, (question, description, add_arguments) in COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=question, description=description, allow_abbrev=False))
     return parser.parse_args(argv)
-
-
-def add_vbench_commands(commands: Any) -> None:
-    """The three commands that go with VBench."""
-    generate = commands.add_parser(
-        "vbench-generate",
-        help="make the videos that VBench looks at",
-        description="Make {prompt}-{sample}.mp4 for all prompts; the same command again makes only what is missing.",
-        allow_abbrev=False,
-    )
-    evaluate_vbench.add_generate_arguments(generate)
-    score = commands.add_parser(
-        "vbench-score",
-        help="score such videos with the vbench package",
-        description="Score videos in VBench's dimensions; the same command again scores only what is missing.",
-        allow_abbrev=False,
-    )
-    evaluate_vbench_scores.add_score_arguments(score)
-    total = commands.add_parser(
-        "vbench-total",
-        help="what is VBench's total of such scores?",
-        description="Quality, semantic and total score as on VBench's leaderboard.",
-        allow_abbrev=False,
-    )
-    evaluate_vbench_scores.add_total_arguments(total)
 
 
 def toy_world(args: argparse.Namespace) -> dict[str, Any]:

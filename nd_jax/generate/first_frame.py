@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 
 from nd_jax.errors import UserError
 from nd_jax.generate import lcm
-from nd_jax.generate.parts import Timings, open_tokenizer, place_params
+from nd_jax.generate.parts import Timings, each_row, open_tokenizer, place_params
 from nd_jax.generate.sampler import check_rows, prompt_keys
 from nd_jax.generate.videos import to_unit
 from nd_jax.models.attention import default_attention
@@ -159,16 +159,8 @@ def encode_prompts(
         ]
         return FirstFrameText(jnp.concatenate([out.penultimate for out in outs], axis=-1), outs[1].text_embeds)
 
-    rows = []
-    for prompt in prompts:
-        ids = [tokens(prompt)["ids"][None] for tokens in tokenize]
-        if not rows:
-            with timings.of("first_frame_text", "compile"):
-                encode.lower(params, ids).compile()
-        with timings.of("first_frame_text", "run"):
-            rows.append(jax.device_get(encode(params, ids)))
-        on_prompt()
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
+    ids = ([tokens(prompt)["ids"][None] for tokens in tokenize] for prompt in prompts)
+    return each_row(encode, params, ids, timings, "first_frame_text", on_prompt)
 
 
 # --- latents ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +91,32 @@ def open_tokenizer(folder: Path, vocab_size: int, length: int) -> Tokenize:
     if len(tokenizer) > vocab_size:
         raise UserError(f"{folder}: {len(tokenizer)} tokens do not fit an encoder of {vocab_size}; copy the right one")
     return Tokenize(tokenizer, length)
+
+
+def each_row(
+    program: jax.stages.Wrapped,
+    params: Any,
+    rows: Iterable[Any],
+    timings: Timings,
+    part: str,
+    on_row: Callable[[], None] = lambda: None,
+) -> Any:
+    """`program(params, row)` of one row after another, joined along axis 0; numpy, so that no result fills a device.
+
+    Args:
+      program: jitted; gives arrays [1, ...].
+      params: of its network.
+      rows: at least one; taken one at a time, all of the same shapes.
+      timings: gets compilation and runs of `part`.
+      part: what the clock calls it.
+      on_row: called after every row.
+    """
+    results = []
+    for row in rows:
+        if not results:
+            with timings.of(part, "compile"):
+                program.lower(params, row).compile()
+        with timings.of(part, "run"):
+            results.append(jax.device_get(program(params, row)))
+        on_row()
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *results)

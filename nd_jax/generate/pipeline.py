@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nd_jax.generate.model_folder import ModelFolder
-from nd_jax.generate.parts import Timings, open_tokenizer, place_params
+from nd_jax.generate.parts import Timings, each_row, open_tokenizer, place_params
 from nd_jax.generate.sampler import StageEnd, draw_noise, prompt_keys, rollout
 from nd_jax.generate.videos import to_uint8
 from nd_jax.models.attention import default_attention
@@ -72,18 +72,13 @@ def encode_prompts(
         names = [field.name for field in dataclasses.fields(encoders) if field.name in model.parts]
         params = {name: place_params(model.path(name), None, dtype) for name in names}
     encode = jax.jit(lambda params, batch: encode_text(encoders, params, batch, dtype))
-    rows = []
-    for prompt in prompts:
+
+    def batch(prompt: str) -> dict[str, np.ndarray]:
         t5_tokens, clip_tokens, clip_2_tokens = (tokens(prompt) for tokens in tokenize)
-        batch = {**t5_tokens, "clip_ids": clip_tokens["ids"], "clip_2_ids": clip_2_tokens["ids"]}
-        batch = {name: ids[None] for name, ids in batch.items()}
-        if not rows:
-            with timings.of("text", "compile"):
-                encode.lower(params, batch).compile()
-        with timings.of("text", "run"):
-            rows.append(jax.device_get(encode(params, batch)))
-        on_prompt()
-    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows)
+        columns = {**t5_tokens, "clip_ids": clip_tokens["ids"], "clip_2_ids": clip_2_tokens["ids"]}
+        return {name: ids[None] for name, ids in columns.items()}
+
+    return each_row(encode, params, map(batch, prompts), timings, "text", on_prompt)
 
 
 # --- first frame ------------------------------------------------------------------------------------------------------
@@ -110,16 +105,8 @@ def encode_first_frames(
         params = place_params(model.path("vae"), VIDEO_VAE_ENCODER, dtype)
     encoder = VideoVAEEncoder(model.vae, dtype=dtype)
     encode = jax.jit(lambda params, video: encoder.apply({"params": params}, video, method="encode"))
-    rows = []
-    for image in images:
-        video = jnp.asarray(image, dtype)[None, None]
-        if not rows:
-            with timings.of("encoder", "compile"):
-                encode.lower(params, video).compile()
-        with timings.of("encoder", "run"):
-            rows.append(jax.device_get(encode(params, video)))
-        on_image()
-    return jax.tree.map(lambda *moments: np.concatenate(moments), *rows)
+    videos = (jnp.asarray(image, dtype)[None, None] for image in images)
+    return each_row(encode, params, videos, timings, "encoder", on_image)
 
 
 # --- latents ----------------------------------------------------------------------------------------------------------
