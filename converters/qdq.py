@@ -6,6 +6,7 @@ A value x of encoding (scale, zero_point) is stored as
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -77,18 +78,28 @@ def set_carried(model: "ir.Model", carried: Mapping[str, str]) -> None:
     model.metadata_props[CARRIED] = json.dumps(dict(carried))
 
 
-def integer_ends(model: "ir.Model") -> dict[str, Encoding]:
+def integer_ends(model: "ir.Model", ranges: Mapping[str, tuple[float, float]]) -> dict[str, Encoding]:
     """Removes the QuantizeLinear behind inputs and the DequantizeLinear in front of outputs, which keep their names.
 
     Half of the bytes cross the border of the graph, and states that are carried from call to call are not rounded
-    again. The encodings go into the model's metadata.
+    again. An input that only floating point reads, such as a mask, gets a DequantizeLinear. The encodings go into the
+    model's metadata.
+
+    Args:
+      model: edited.
+      ranges: value name -> smallest and largest number, of the inputs that no QuantizeLinear reads.
     """
+    import onnx_ir as ir
     import onnx_ir.convenience as convenience
 
     found = {}
     for value in model.graph.inputs:
         readers = [use.node for use in value.uses()]
-        if not readers or any(node.op_type != "QuantizeLinear" for node in readers):
+        if not any(node.op_type == "QuantizeLinear" for node in readers):
+            if readers and value.dtype == ir.DataType.FLOAT and value.name in ranges:
+                found[value.name] = _dequantized_input(model, value, *ranges[value.name])
+            continue
+        if any(node.op_type != "QuantizeLinear" for node in readers):
             continue
         for node in readers:
             found[value.name] = _encoding(node)
@@ -114,6 +125,28 @@ def integer_ends(model: "ir.Model") -> dict[str, Encoding]:
     return found
 
 
+def _dequantized_input(model: "ir.Model", value: "ir.Value", low: float, high: float) -> Encoding:
+    """Makes a float32 input uint16, with a DequantizeLinear in front of its readers."""
+    import onnx_ir as ir
+    import onnx_ir.convenience as convenience
+
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32(max(high - low, np.finfo(np.float16).tiny) / np.iinfo(np.uint16).max)
+    encoding = Encoding(float(scale), round(-low / float(scale)), "uint16")
+    constants = []
+    for kind, number in (("scale", scale), ("zero_point", np.uint16(encoding.zero_point))):
+        constants.append(ir.val(f"{value.name}/{kind}", const_value=ir.tensor(np.array(number))))
+        model.graph.register_initializer(constants[-1])
+    node = ir.node("DequantizeLinear", [value, *constants], name=f"DequantizeLinear:{value.name}")
+    floats = node.outputs[0]
+    floats.name, floats.type, floats.shape = f"{value.name}/float32", value.type, value.shape
+    convenience.replace_all_uses_with(value, floats)
+    node.replace_input_with(0, value)
+    value.type = _tensor_type(encoding.dtype)
+    model.graph.insert_before(model.graph[0], node)
+    return encoding
+
+
 def _encoding(node: "ir.Node") -> Encoding:
     scale, zero_point = (value.const_value.numpy() for value in node.inputs[1:3])
     return Encoding(float(scale.reshape(())), int(zero_point.reshape(())), zero_point.dtype.name)
@@ -125,17 +158,30 @@ def _tensor_type(dtype: str) -> "ir.TensorType":
     return ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype)))
 
 
-def rounded_weights(model: "ir.Model") -> dict[str, np.ndarray]:
-    """Float weights, by their names in the float graph, that the quantised graph's integers stand for."""
+def rounded_weights(model: "ir.Model") -> "dict[str, ir.LazyTensor]":
+    """Float weights, by their names in the float graph, that the quantised graph's integers stand for.
+
+    They are computed when they are read, so that not all of them are in memory.
+    """
+    import onnx_ir as ir
+
     found = {}
     for node in model.graph:
         if _holds_weight(node):
-            q, scale, zero_point = (value.const_value.numpy() for value in node.inputs)
-            axis = node.attributes.get_int("axis", 1)
-            shape = [-1 if i == axis else 1 for i in range(q.ndim)] if scale.ndim else []
-            steps = q.astype(np.float64) - zero_point.astype(np.float64).reshape(shape)
-            found[_weight_name(node)] = (steps * scale.astype(np.float64).reshape(shape)).astype(np.float32)
+            integers = node.inputs[0].const_value
+            found[_weight_name(node)] = ir.LazyTensor(
+                functools.partial(_dequantized_constant, node), ir.DataType.FLOAT, integers.shape
+            )
     return found
+
+
+def _dequantized_constant(node: "ir.Node") -> "ir.Tensor":
+    import onnx_ir as ir
+
+    q, scale, zero_point = (value.const_value.numpy() for value in node.inputs)
+    axis = node.attributes.get_int("axis", 1)
+    shape = [-1 if i == axis else 1 for i in range(q.ndim)] if scale.ndim else []
+    return ir.tensor((q.astype(np.float32) - zero_point.astype(np.float32).reshape(shape)) * scale.reshape(shape))
 
 
 def _holds_weight(node: "ir.Node") -> bool:
@@ -149,7 +195,7 @@ def _weight_name(node: "ir.Node") -> str:
     return node.inputs[0].name.removesuffix("_quantized")
 
 
-def with_float_weights(model: "ir.Model", weights: Mapping[str, np.ndarray]) -> None:
+def with_float_weights(model: "ir.Model", weights: "Mapping[str, ir.TensorProtocol]") -> None:
     """Puts the weights of the float graph back, so that only activations are rounded."""
     import onnx_ir as ir
     import onnx_ir.convenience as convenience
@@ -158,7 +204,7 @@ def with_float_weights(model: "ir.Model", weights: Mapping[str, np.ndarray]) -> 
         if not _holds_weight(node):
             continue
         name = _weight_name(node)
-        restored = ir.val(f"{name}/float32", const_value=ir.tensor(np.ascontiguousarray(weights[name])))
+        restored = ir.val(f"{name}/float32", const_value=weights[name])
         model.graph.register_initializer(restored)
         convenience.replace_all_uses_with(node.outputs[0], restored)
         model.graph.remove(node, safe=True)

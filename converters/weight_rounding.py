@@ -1,15 +1,16 @@
-"""Weights of a graph's convolutions on their 8-bit grid, rounded with regard to what the convolutions see."""
+"""Weights of a graph's convolutions and matrix products on their 8-bit grid, rounded with regard to what they see."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from converters import onnx_check
+from converters.adaround import learn_rounding
 from converters.precision_plan import PrecisionPlan
-from converters.rounding import channel_scales, patch_moments, round_with_compensation
+from converters.rounding import channel_scales, compensation, patch_moments, round_rows, row_moments
 from converters.samples import Sample
 
 if TYPE_CHECKING:
@@ -17,70 +18,167 @@ if TYPE_CHECKING:
 
 # Patches that are looked at in one sample for one kernel, over all convolutions that use it.
 PATCHES = 2048
+# Of moments that are summed up in one pass over the samples.
+MOMENT_BYTES = 1_000_000_000
+# Weights with more inputs (a 3 x 3 convolution of 1280 channels has 11,520) are rounded to nearest: some five float64
+# matrices of that many rows and columns are in memory at a time.
+MAX_WIDTH = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-    """A kernel [O, I, rows, columns] of multiples of its channels' steps; float32 both."""
+    """A weight as integer multiples of its channels' steps.
 
-    kernel: np.ndarray
+    Attributes:
+      steps: int8, of the weight's shape.
+      scales: float32, one per output channel.
+      axis: of the output channels: 0 of a convolution's kernel, 1 of the weight of a matrix product.
+    """
+
+    steps: np.ndarray
     scales: np.ndarray
+    axis: int
+
+    def weight(self) -> np.ndarray:
+        """What the integers stand for, float32."""
+        shape = [-1 if i == self.axis else 1 for i in range(self.steps.ndim)]
+        return self.steps * self.scales.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Where a layer looks: a value, and of a picture the size, strides and pads of the patches; rows without a size."""
+
+    value: str
+    size: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
 
 
 def round_weights(
-    onnx_path: Path, plan: PrecisionPlan, excluded: Iterable[str], samples: Iterable[Sample], seed: int
+    onnx_path: Path, plan: PrecisionPlan, excluded: Iterable[str], samples: Callable[[], Iterable[Sample]], seed: int
 ) -> dict[str, Rounded]:
-    """Initializer -> rounded kernel, of every convolution; empty for a plan that rounds to nearest.
+    """Initializer -> rounded weight; empty for a plan that rounds to nearest.
+
+    Weights that are seen with fewer inputs than they have rows, such as those that only read the conditioning, are left
+    out and rounded to nearest: the samples say nothing about the rest. So are those with more than `MAX_WIDTH`.
 
     Args:
       onnx_path: the float graph.
       plan: says how.
       excluded: nodes that stay in floating point.
-      samples: inputs of the graph.
+      samples: called for every pass over the inputs of the graph; as many as `MOMENT_BYTES` asks for.
       seed: of the patches.
     """
     import onnx
+    import onnx_ir as ir
 
     if plan.rounding == "nearest":
         return {}
-    model = onnx.load(str(onnx_path))
-    kernels = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
-    layers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        if node.op_type == "Conv" and node.name not in set(excluded) and _is_plain(node):
-            layers.setdefault(node.input[1], []).append(node)
-    sums = _moments(onnx_path, layers, kernels, samples, np.random.default_rng(seed))
-    rounded = {}
-    for name in layers:
-        rows = kernels[name].reshape(len(kernels[name]), -1)
-        scales = channel_scales(rows)
-        rounded[name] = Rounded(round_with_compensation(rows, sums[name], scales).reshape(kernels[name].shape), scales)
+    layers = weight_windows(onnx.load(str(onnx_path), load_external_data=False), excluded)
+    tensors = ir.load(onnx_path).graph.initializers
+    groups: dict[tuple[Window, ...], list[str]] = {}
+    for name, windows in layers.items():
+        groups.setdefault(windows, []).append(name)
+    widths = {windows: _rows(tensors[names[0]].const_value.numpy()).shape[1] for windows, names in groups.items()}
+    rng, rounded = np.random.default_rng(seed), {}
+    for batch in batches({windows: width for windows, width in widths.items() if width <= MAX_WIDTH}):
+        sums = _moments(onnx_path, batch, widths, samples(), rng)
+        for windows in batch:
+            total, count = sums.pop(windows)
+            if count < widths[windows]:
+                continue
+            total /= count
+            made = compensation(total) if plan.rounding == "compensated" else None
+            for name in groups[windows]:
+                weight = tensors[name].const_value.numpy()
+                rows = _rows(weight)
+                scales = channel_scales(rows)
+                steps = learn_rounding(rows, total, scales) if made is None else round_rows(rows, made, scales)
+                axis = output_axis(weight)
+                shape = weight.shape if axis == 0 else weight.shape[::-1]
+                steps = np.ascontiguousarray(np.moveaxis(steps.reshape(shape), 0, axis))
+                rounded[name] = Rounded(steps, scales, axis)
     return rounded
 
 
+def output_axis(weight: np.ndarray) -> int:
+    """Of [O, I, rows, columns] or [I, O]."""
+    return 0 if weight.ndim == 4 else 1
+
+
+def _rows(weight: np.ndarray) -> np.ndarray:
+    """One row per output channel."""
+    return weight.reshape(len(weight), -1) if output_axis(weight) == 0 else weight.T
+
+
+def weight_windows(model: "onnx.ModelProto", excluded: Iterable[str]) -> dict[str, tuple[Window, ...]]:
+    """Weight of every plain convolution and matrix product that is not excluded -> where it looks, in all its uses."""
+    excluded = set(excluded)
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    found: dict[str, set[Window]] = {}
+    for node in model.graph.node:
+        if node.name in excluded or len(node.input) < 2 or node.input[1] not in shapes:
+            continue
+        shape = shapes[node.input[1]]
+        if node.op_type == "Conv" and _is_plain(node):
+            attributes = {a.name: tuple(a.ints) for a in node.attribute}
+            strides, pads = attributes.get("strides", (1, 1)), attributes.get("pads", (0,) * 4)
+            window = Window(node.input[0], shape[2:], strides, pads)
+        elif node.op_type == "MatMul" and len(shape) == 2:
+            window = Window(node.input[0])
+        else:
+            continue
+        found.setdefault(node.input[1], set()).add(window)
+    return {name: tuple(sorted(windows, key=lambda w: w.value)) for name, windows in found.items()}
+
+
 def _is_plain(node: "onnx.NodeProto") -> bool:
-    """Strides and dilations of 1, one group: what `patch_moments` sees."""
-    values = {a.name: list(a.ints) or [a.i] for a in node.attribute}
-    return all(set(values.get(name, [1])) == {1} for name in ("strides", "dilations", "group"))
+    """Two dimensions, dilations of 1, one group and explicit pads: what `patch_moments` sees."""
+    values = {a.name: list(a.ints) or [a.i] for a in node.attribute if a.name != "auto_pad"}
+    pads = values.get("pads", [0] * 4)
+    automatic = any(a.name == "auto_pad" and a.s != b"NOTSET" for a in node.attribute)
+    one = all(set(values.get(name, [1])) == {1} for name in ("dilations", "group"))
+    return one and len(pads) == 4 and not automatic
+
+
+def batches(widths: Mapping[tuple[Window, ...], int]) -> Iterator[list[tuple[Window, ...]]]:
+    """The groups, as many at a time as `MOMENT_BYTES` allows; one at least."""
+    batch, used = [], 0
+    for windows, width in widths.items():
+        if batch and used + 8 * width**2 > MOMENT_BYTES:
+            yield batch
+            batch, used = [], 0
+        batch.append(windows)
+        used += 8 * width**2
+    if batch:
+        yield batch
 
 
 def _moments(
     onnx_path: Path,
-    layers: "dict[str, list[onnx.NodeProto]]",
-    kernels: dict[str, np.ndarray],
+    batch: list[tuple[Window, ...]],
+    widths: Mapping[tuple[Window, ...], int],
     samples: Iterable[Sample],
     rng: np.random.Generator,
-) -> dict[str, np.ndarray]:
-    """Kernel -> mean x x^T over all convolutions that use it."""
-    sums = {name: (0.0, 0) for name in layers}
-    readers: dict[str, set[str]] = {}
-    for name, nodes in layers.items():
-        for node in nodes:
-            readers.setdefault(node.input[0], set()).add(name)
+) -> dict[tuple[Window, ...], tuple[np.ndarray, int]]:
+    """Group of windows -> (sum of x x^T, number of x) over all its windows and samples."""
+    sums = {windows: (np.zeros((widths[windows],) * 2), 0) for windows in batch}
+    readers: dict[str, list[tuple[tuple[Window, ...], Window]]] = {}
+    for windows in batch:
+        for window in windows:
+            readers.setdefault(window.value, []).append((windows, window))
     for values in onnx_check.inner_values(onnx_path, list(readers), samples):
-        for value, picture in values:
-            for name in readers[value]:
-                size, limit = kernels[name].shape[2:], -(-PATCHES // len(layers[name]))
-                total, count = patch_moments(picture, size, (size[0] // 2, size[1] // 2), limit, rng)
-                sums[name] = (sums[name][0] + total, sums[name][1] + count)
-    return {name: total / count for name, (total, count) in sums.items()}
+        for value, x in values:
+            for windows, window in readers[value]:
+                limit = -(-PATCHES // len(windows))
+                total, count = _window_moments(window, x, limit, rng)
+                sums[windows][0][...] += total
+                sums[windows] = sums[windows][0], sums[windows][1] + count
+    return sums
+
+
+def _window_moments(window: Window, x: np.ndarray, limit: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    if not window.size:
+        return row_moments(x)
+    return patch_moments(x, window.size, window.strides, window.pads, limit, rng)
