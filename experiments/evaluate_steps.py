@@ -36,6 +36,7 @@ def evaluate_steps(args: argparse.Namespace) -> dict[str, Any]:
     from nd_jax.files import write_text
     from nd_jax.generate.model_folder import open_model
     from nd_jax.generate.pipeline import video_decoder
+    from nd_jax.models.attention import default_attention
     from nd_jax.pyramid.schedule import PyramidSchedule
     from nd_jax.train.checkpoint import load_params
     from nd_jax.train.loop import HOST_COLUMNS
@@ -43,7 +44,8 @@ def evaluate_steps(args: argparse.Namespace) -> dict[str, Any]:
     if args.rows < 1:
         raise UserError(f"--rows is {args.rows}: use 1 or more")
     params, meta, step = load_params(args.run, args.step)
-    config = meta["config"]
+    # Of these devices, whatever the run was trained on.
+    config = meta["config"] | {"attention": default_attention()}
     if meta["method"] != "steps":
         raise UserError(f"{args.run}: is a training of {meta['method']!r}; give one of `steps`")
     try:

@@ -31,6 +31,7 @@ def evaluate_velocity(args: argparse.Namespace) -> dict[str, Any]:
     from nd_jax.data.registry import build_data
     from nd_jax.distill.transformer_roles import transformer_config
     from nd_jax.files import write_text
+    from nd_jax.models.attention import default_attention
     from nd_jax.train.checkpoint import CONFIG_FILE
     from nd_jax.weights.folder import load_component
     from nd_jax.weights.sources import read_json
@@ -39,6 +40,8 @@ def evaluate_velocity(args: argparse.Namespace) -> dict[str, Any]:
     config = read_json(path)
     if config.get("method") != "prune":
         raise UserError(f"{path}: of method {config.get('method')!r}; give the workdir of a training of `prune`")
+    # Of these devices, whatever the run was trained on.
+    config["attention"] = default_attention()
     folders = {TEACHER: Path(config["model"]["folder"]) / config["model"]["transformer"]} | student_names(args.student)
     network, teacher = transformer_config(folders[TEACHER])
     blocks = {}

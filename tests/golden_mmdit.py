@@ -15,7 +15,7 @@ import numpy as np
 from nd_jax.models.mmdit import BlockStates, MMDiTConfig, PatchEmbed, PyramidMMDiT, timestep_sinusoid
 from nd_jax.models.positions import axis_table, position_table, position_window, rotary_table
 from nd_jax.pyramid import history, noise
-from nd_jax.pyramid.layout import TokenLayout, attention_mask, token_layout
+from nd_jax.pyramid.layout import TokenLayout, token_layout
 from nd_jax.weights.folder import load_params
 from nd_jax.weights.mmdit import PYRAMID_FLOW_MMDIT, PYRAMID_MMDIT, patch_embed_rows
 from nd_jax.weights.safetensors_io import SafetensorsFile
@@ -161,7 +161,7 @@ def _positions(config: MMDiTConfig, data: dict, params: dict, inputs: Arrays) ->
     layout = _layout(config, clips, mask.shape[1])
     patches = jax.jit(PatchEmbed(config).apply)({"params": params}, layout.pack(clips))
     out["tokens"] = patches + layout.positions[None]
-    out["attention_mask"] = attention_mask(layout.time_ids[None], layout.groups(mask))
+    out["attention_mask"] = layout.geometry(mask).mask.dense()
     batch_ids = np.broadcast_to(layout.time_ids, (len(mask), layout.length))
     out["rope.sequence"] = _rotations(*rotary_table(batch_ids, config.attention_head_dim))
 

@@ -1,15 +1,21 @@
-"""Attention in steps and without the pairs that a mask hides, against plain attention."""
+"""Attention in steps, without the pairs that a mask hides, and by a kernel, against plain attention."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
+from nd_jax.errors import UserError
 from nd_jax.models import attention
-from nd_jax.models.attention import ATTENTION, cached_attention
+from nd_jax.models.attention import ATTENTION, OrderedMask, cached_attention, splash_attention, xla_attention
 from nd_jax.models.mmdit import MMDiTConfig, PyramidMMDiT
-from nd_jax.models.mmdit_block import vector_dot_general
+from nd_jax.models.mmdit_block import JointBlock, vector_dot_general
 from nd_jax.pyramid.layout import VideoSize, video_layouts
+from nd_jax.pyramid.units import stage_units
+from nd_jax.train.sharding import RULES, make_mesh
 from nd_jax.weights.mmdit import PYRAMID_MMDIT
 from nd_jax.weights.network import abstract_params
 
@@ -55,7 +61,7 @@ def test_steps_change_nothing(limit, mask_batch, monkeypatch):
         np.testing.assert_allclose(g, e, rtol=0, atol=2e-6 * float(jnp.abs(e).max()))
 
 
-@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("implementation", ["xla", "cached"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_hidden_pairs_can_be_left_out(implementation, dtype):
     qkv, mask, gradient = case(dtype)
@@ -117,6 +123,77 @@ def test_the_transformer_without_hidden_pairs_is_the_transformer():
             got,
             expected,
         )
+
+
+# The shortest block that the kernel takes; `interpret` runs it here.
+BLOCK = 128
+VIDEO = VideoSize(latent_frames=4, height=32, width=32)
+UNITS = jnp.array([3, 0, 2, 1])
+TEXT_MASKS = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+
+
+# Sequences of 68 tokens, one block, and of 164, two, with all keys in a step or not; rows have 0 to 96 of padding.
+@pytest.mark.parametrize(
+    ("stage", "dtype", "keys"), [(0, jnp.float32, 256), (1, jnp.float32, 128), (1, jnp.bfloat16, 256)]
+)
+def test_the_kernel_is_plain_attention(stage, dtype, keys, monkeypatch):
+    """Of every token, padding included, for rows of all units."""
+    monkeypatch.setattr(attention, "KERNEL_BLOCK", BLOCK)
+    monkeypatch.setattr(attention, "KERNEL_KEYS", keys)
+    mask = stage_units(CONFIG, VIDEO, stage, TEXT_MASKS.shape[1]).geometry(UNITS, TEXT_MASKS).mask
+    rng = np.random.default_rng(3)
+    shape = (len(UNITS), mask.last.shape[1], 2, 8)
+    assert shape[1] == (68, 164)[stage]
+    *qkv, gradient = (jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in range(4))
+    got = outputs_and_gradients(lambda *qkv: splash_attention(*qkv, mask, interpret=True), qkv, gradient)
+    *qkv, gradient = (x.astype(jnp.float32) for x in (*qkv, gradient))
+    expected = outputs_and_gradients(lambda *qkv: xla_attention(*qkv, mask), qkv, gradient)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == dtype
+        np.testing.assert_allclose(g.astype(jnp.float32), e, rtol=0, atol=1e-5 if dtype == jnp.float32 else 4e-2)
+    # Were all tokens of one group, it would show.
+    wrong = OrderedMask(mask.last, jnp.zeros_like(mask.groups))
+    other = outputs_and_gradients(lambda *qkv: xla_attention(*qkv, wrong), qkv, gradient)
+    assert not np.allclose(got[0].astype(jnp.float32), other[0], atol=1e-1)
+
+
+def test_a_block_with_the_kernel_on_a_mesh(monkeypatch):
+    """Rows over data and fsdp, heads over tensor, and computed again for the gradient of every parameter."""
+    monkeypatch.setattr(attention, "KERNEL_BLOCK", BLOCK)
+    monkeypatch.setitem(ATTENTION, "splash", functools.partial(splash_attention, interpret=True))
+    geometry = stage_units(CONFIG, VIDEO, 0, TEXT_MASKS.shape[1]).geometry(UNITS, TEXT_MASKS)
+    rng = np.random.default_rng(4)
+    draw = lambda *shape: (0.3 * rng.standard_normal(shape)).astype(np.float32)
+    inputs = (draw(4, 64, 16), draw(4, 4, 16), draw(4, 16))
+    block = nn.remat(JointBlock)(heads=2, head_dim=8, last=True)
+    shapes = jax.eval_shape(lambda: block.init(jax.random.key(0), *inputs, geometry))
+    params = jax.tree.map(lambda leaf: draw(*leaf.shape), shapes)
+
+    def run(attention):
+        def loss(params):
+            with nn.logical_axis_rules(RULES):
+                image, _ = block.clone(attention=attention).apply(params, *inputs, geometry)
+            return jnp.sum(jnp.square(image)), image
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    expected = run("cached")
+    with jax.set_mesh(make_mesh({"data": 2, "fsdp": 2, "tensor": 2})):
+        got = run("splash")
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=0, atol=2e-5 * max(float(jnp.abs(e).max()), 1e-6)),
+        got,
+        expected,
+    )
+
+
+def test_the_kernel_says_what_it_needs():
+    qkv, mask, _ = case()
+    with pytest.raises(ValueError, match="takes an OrderedMask"):
+        splash_attention(*qkv, mask)
+    ordered = OrderedMask(np.full((1, LENGTH), LENGTH - 1, np.int32), np.zeros((1, LENGTH), np.int32))
+    with pytest.raises(UserError, match=r"kernel for TPUs .* \(cpu\): use --config.attention=xla"):
+        splash_attention(*qkv, ordered)
 
 
 def test_unseen_needs_a_length():

@@ -7,6 +7,7 @@ import pytest
 from jax.experimental import pallas
 from jax.sharding import AxisType, PartitionSpec
 
+from nd_jax.models.attention import KERNEL_BLOCK, OrderedMask, splash_attention
 from nd_jax.train import hlo
 from nd_jax.train.chips import CHIPS, roofline
 from nd_jax.train.collectives import collectives, device_groups
@@ -96,6 +97,17 @@ def test_a_kernel_counts_as_declared_or_body_times_grid(declared):
     assert flops(call, (8, D), (D, E)).total == (declared or 2 * 8 * D * E)
 
 
+def test_a_splash_kernel_computes_every_pair_of_its_blocks():
+    length, heads, width = 300, 3, 64
+    mask = OrderedMask(*(np.zeros((1, length), np.int32) for _ in range(2)))
+    run = lambda q, k, v: jnp.sum(splash_attention(q, k, v, mask, interpret=True))
+    pairs = 2 * heads * width * (-(-length // KERNEL_BLOCK) * KERNEL_BLOCK) ** 2
+    shapes = [(B, length, heads, width)] * 3
+    # Logits and outputs; in one kernel logits again and the gradients of all four; and gradient times output, outside.
+    assert flops(run, *shapes).total == 2 * B * pairs
+    assert flops(jax.grad(run, (0, 1, 2)), *shapes).total == 7 * B * pairs + 2 * B * 512 * heads * width
+
+
 # A step as the partitioner leaves it on 8 devices, data 2 x fsdp 4: three layers whose kernels are gathered, and for
 # the backward pass gathered and multiplied again.
 PROGRAM = """HloModule jit_step, num_partitions=8
@@ -163,6 +175,36 @@ def test_what_a_partitioned_program_says():
     assert (named["all-reduce"].traffic, named["all-reduce"].devices) == (40, 2)
     # Groups along fsdp stay on a slice, those along data, the outer axis, do not.
     assert [named[k].across_slices for k in ("all-gather", "reduce-scatter", "all-reduce")] == [False, False, True]
+
+
+# The body of a shard_map, called once in the forward pass and once to repeat it; attributes go over several lines.
+KERNELS = """HloModule kernels
+
+%shard (q: bf16[2,3,256,64], k: bf16[2,3,256,64]) -> bf16[2,3,256,64] {
+  %q = bf16[2,3,256,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,3,256,64]{3,2,1,0} parameter(1)
+  ROOT %call = bf16[2,3,256,64]{3,2,1,0} custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="jit(_splash_attention)/splash_mha_NAME_segmented/pallas_call"}
+}
+
+ENTRY %main (q: bf16[2,3,256,64], k: bf16[2,3,256,64]) -> bf16[2,3,256,64] {
+  %q = bf16[2,3,256,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,3,256,64]{3,2,1,0} parameter(1)
+  %once = bf16[2,3,256,64]{3,2,1,0} call(%q, %k), to_apply=%shard, metadata={op_name="jit(f)/shard_map"}
+  ROOT %again = bf16[2,3,256,64]{3,2,1,0} call(%once, %k), to_apply=%shard, \
+metadata={op_name="jit(f)/checkpoint/rematted_computation/shard_map"}
+}
+"""
+
+
+@pytest.mark.parametrize(("name", "count"), [("fwd", 2), ("dkv", 5), ("other", 0)])
+def test_kernels_of_a_partitioned_program(name, count):
+    found = hlo.products(hlo.parse(KERNELS.replace("NAME", name)))
+    one = count * 2 * (2 * 3 * 256 * 64) * 256
+    assert (found.flops, found.recomputed_flops) == (2 * one, one)
+    assert found.bytes == 2 * 4 * 2 * (2 * 3 * 256 * 64)
 
 
 RINGS = """HloModule rings

@@ -11,7 +11,6 @@ from nd_jax.models.positions import position_table, position_window
 from nd_jax.pyramid.layout import (
     ClipShape,
     VideoSize,
-    attention_mask,
     pad_layout,
     patchify,
     stack_geometries,
@@ -55,7 +54,7 @@ def test_the_mask_says_who_sees_whom(clips, text_length, padding, data):
     layout = token_layout(TINY, clips, text_length)
     layout = pad_layout(layout, layout.length + padding)
     text_mask = np.array([data.draw(st.lists(st.integers(0, 1), min_size=text_length, max_size=text_length))])
-    mask = layout.geometry(text_mask).mask
+    mask = layout.geometry(text_mask).mask.dense()
     assert mask.dtype == bool and mask.shape == (1, 1, layout.length, layout.length)
 
     tokens = [("text" if valid else "padded text", 0) for valid in text_mask[0]] + [("padding", 0)] * padding
@@ -76,8 +75,9 @@ def test_padding_is_unseen_and_stands_in_front_of_the_history():
     padded = pad_layout(plain, plain.length + 5)
     real = np.r_[0:4, 9 : padded.length]
     one, other = plain.geometry(TEXT_MASK), padded.geometry(TEXT_MASK)
-    assert np.array_equal(other.mask[:, :, real][..., real], one.mask)
-    assert not other.mask[:, :, real, 4:9].any() and other.mask.any(axis=-1).all()
+    mask = other.mask.dense()
+    assert np.array_equal(mask[:, :, real][..., real], one.mask.dense())
+    assert not mask[:, :, real, 4:9].any() and mask.any(axis=-1).all()
     for name in ("positions", "rotary_cos", "rotary_sin"):
         assert np.array_equal(getattr(other, name)[:, 5:], getattr(one, name))
     assert padded.output_tokens == plain.output_tokens == 128
@@ -89,8 +89,8 @@ def test_a_device_mask_equals_the_host_mask():
     import jax
 
     layout = token_layout(TINY, HISTORY, 4)
-    host = layout.geometry(TEXT_MASK).mask
-    device = jax.jit(lambda mask: layout.geometry(mask).mask)(TEXT_MASK)
+    host = layout.geometry(TEXT_MASK).mask.dense()
+    device = jax.jit(lambda mask: layout.geometry(mask).mask.dense())(TEXT_MASK)
     assert isinstance(host, np.ndarray) and np.array_equal(device, host)
     with pytest.raises(ValueError, match="text mask of 3 tokens in a layout for 4"):
         layout.geometry(TEXT_MASK[:, :3])
@@ -100,7 +100,7 @@ def test_samples_of_unlike_units_share_a_batch():
     video = VideoSize(latent_frames=4, height=16, width=16)
     layouts = video_layouts(TINY, video, 4)
     stacked = stack_geometries([layouts[unit, 1].geometry(TEXT_MASK[:1]) for unit in (1, 3)])
-    assert stacked.mask.shape[0] == stacked.positions.shape[0] == 2
+    assert stacked.mask.dense().shape[0] == stacked.positions.shape[0] == 2
     assert np.array_equal(stacked.rotary_cos[1], layouts[3, 1].rotary_cos)
 
 
@@ -151,9 +151,3 @@ def test_windows_are_cut_from_the_centre_and_resized():
 def test_bad_sizes_are_named(make, says):
     with pytest.raises(UserError, match=says):
         make()
-
-
-def test_every_token_sees_itself():
-    rng = np.random.default_rng(0)
-    mask = attention_mask(rng.integers(0, 3, (1, 9)), rng.integers(0, 3, (2, 9)))
-    assert mask.shape == (2, 1, 9, 9) and mask[:, 0, np.arange(9), np.arange(9)].all()

@@ -52,7 +52,7 @@ def geometry_inputs(layout: TokenLayout, text_mask: np.ndarray) -> dict[str, np.
         "positions": geometry.positions,
         "rotary_cos": geometry.rotary_cos,
         "rotary_sin": geometry.rotary_sin,
-        "mask": np.where(geometry.mask, np.float32(0), np.float32(DEVICE_MASKED_LOGIT)),
+        "mask": np.where(geometry.mask.dense(), np.float32(0), np.float32(DEVICE_MASKED_LOGIT)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Attention over a boolean mask, in two implementations behind one switch.
+"""Attention over a mask, in three implementations behind one switch.
 
     p = softmax(q k^T / sqrt(K) + b),   b = 0 where a query may see a key and a very negative number elsewhere    (1)
     o = p v                                                                                                     (2)
@@ -10,6 +10,9 @@ them again from the row sums l of (1) (Dao et al. 2022, FlashAttention, appendix
     p  = exp(q k^T / sqrt(K) + b - l),     l = log sum exp over the keys                                        (3)
     ds = p * (do v^T - sum(do * o)),       dv = p^T do,  dq = ds k / sqrt(K),  dk = ds^T q / sqrt(K)            (4)
 
+`splash_attention` is for TPUs: a kernel of JAX does (1) to (4) block by block on the chip, and no logits reach its
+memory. It takes a mask as an `OrderedMask`, the others as booleans too.
+
 Softmax is float32 whatever the dtype of q, k and v.
 
 Shape letters: B batch, L queries, S keys, H heads, K head width, G heads of one step.
@@ -17,9 +20,14 @@ Shape letters: B batch, L queries, S keys, H heads, K head width, G heads of one
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from nd_jax.errors import UserError
 
 # Removes a key in float32, and is finite: a query without any key is an average instead of NaN.
 MASKED_LOGIT = -1e30
@@ -27,16 +35,45 @@ MASKED_LOGIT = -1e30
 # Logits of one step: 1 MiB in float32, which a second-level cache holds.
 LOGITS_AT_ONCE = 1 << 18
 
+# Queries of one step of the TPU kernel, and keys of one product in it; a sequence is padded to a multiple.
+KERNEL_BLOCK = 256
 
-def xla_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, unseen: int = 0
-) -> jax.Array:
+# At most so many keys of one step: a v5e's scratch memory holds 4096 but not 8192, and the loop over them is unrolled.
+KERNEL_KEYS = 2048
+
+
+class OrderedMask(NamedTuple):
+    """A mask of a sequence with itself, in two numbers a token: a query sees the keys of its group up to a place.
+
+    Attributes:
+      last: int32 [B or 1, L], place of the last key that a query may see; its own or a later one.
+      groups: int32 [B or 1, L], 0 or more.
+    """
+
+    last: jax.Array | np.ndarray
+    groups: jax.Array | np.ndarray
+
+    def dense(self) -> jax.Array | np.ndarray:
+        """bool [B, 1, L, L], queries on axis 2, keys on axis 3. Numpy arrays give a numpy array."""
+        before = np.arange(self.last.shape[1], dtype=np.int32)[None, None] <= self.last[:, :, None]
+        return (before & (self.groups[:, :, None] == self.groups[:, None, :]))[:, None]
+
+
+Mask = jax.Array | np.ndarray | OrderedMask | None
+
+
+def _dense(mask: Mask) -> jax.Array | np.ndarray | None:
+    return mask.dense() if isinstance(mask, OrderedMask) else mask
+
+
+def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, unseen: int = 0) -> jax.Array:
     """Equations 1 and 2 by XLA, of a sequence with itself or with another one.
 
     Args:
       query: [B, L, H, K].
       key, value: [B, S, H, K].
-      mask: bool [B or 1, 1, L, S], queries on axis 2, keys on axis 3; None when every query sees every key.
+      mask: bool [B or 1, 1, L, S], queries on axis 2, keys on axis 3, or an `OrderedMask`; None when every query sees
+        every key.
       unseen: how many of the last tokens the mask hides from all tokens before them; static. Those before are then
         computed without them, which spares unseen * (L - unseen) of the L^2 pairs. For a sequence with itself.
 
@@ -46,13 +83,12 @@ def xla_attention(
     run = functools.partial(jax.nn.dot_product_attention, implementation="xla")
     # JAX's own code mixes bfloat16 and float32, which a strict caller forbids.
     with jax.numpy_dtype_promotion("standard"):
-        return _in_two(lambda q, k, v, mask: run(q, k, v, mask=mask), 1, (query, key, value), mask, unseen)
+        return _in_two(lambda q, k, v, mask: run(q, k, v, mask=mask), 1, (query, key, value), _dense(mask), unseen)
 
 
-def cached_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, unseen: int = 0
-) -> jax.Array:
+def cached_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, unseen: int = 0) -> jax.Array:
     """The same in steps, with equations 3 and 4 for the gradient. It has no forward-mode derivative."""
+    mask = _dense(mask)
     batch, length, heads, _ = query.shape
     pairs = length * key.shape[1]
     if batch > 1 and batch * pairs > LOGITS_AT_ONCE:
@@ -117,8 +153,113 @@ def _heads(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array) 
 
 _heads.defvjp(_heads_forward, _heads_backward)
 
+
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: OrderedMask,
+    unseen: int = 0,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """The same by JAX's kernel for TPUs, for a sequence with itself. It has no forward-mode derivative.
+
+    Where a mesh is in context, every device runs the kernel for its own rows and heads, as the logical axis rules say;
+    they must divide among the devices.
+
+    Args:
+      query, key, value: [B, L, H, K].
+      mask: an `OrderedMask`.
+      unseen: changes nothing; the kernel goes through all pairs of blocks.
+      interpret: run the kernel's steps as plain JAX, on any device and slowly: for tests.
+
+    Raises:
+      UserError: the devices are no TPUs.
+      ValueError: the mask is not an `OrderedMask`.
+    """
+    if not isinstance(mask, OrderedMask):
+        raise ValueError("attention 'splash' takes an OrderedMask, which the geometry of a token layout has")
+    if not interpret:
+        check_attention("splash")
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, length = query.shape[:2]
+    steps = -(-length // KERNEL_KEYS)
+    more = -length % (steps * KERNEL_BLOCK)
+    # The kernel scales nothing. Padding is a group of its own.
+    query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    heads_first = lambda x: jnp.pad(x.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, more), (0, 0)))
+    tokens = lambda x, fill: jnp.pad(
+        jnp.broadcast_to(x, (batch, length)), ((0, 0), (0, more)), constant_values=np.int32(fill)
+    )
+    run = jax.vmap(functools.partial(_kernel, keys=(length + more) // steps, interpret=interpret))
+    if not mesh.empty:
+        by_head = nn.logical_to_mesh_axes(("batch", "activation_heads", "length", None))
+        by_token = nn.logical_to_mesh_axes(("batch", "length"))
+        specs = (by_head, by_head, by_head, by_token, by_token)
+        # What a kernel gives is not checked for equality between devices.
+        run = jax.shard_map(run, in_specs=specs, out_specs=by_head, check_vma=False)
+    qkv = (heads_first(x) for x in (query, key, value))
+    mixed = run(*qkv, tokens(mask.last, length + more - 1), tokens(mask.groups, -1))
+    return mixed[:, :, :length].transpose(0, 2, 1, 3)
+
+
+def _kernel(
+    query: jax.Array, key: jax.Array, value: jax.Array, last: jax.Array, groups: jax.Array, keys: int, interpret: bool
+) -> jax.Array:
+    """One sample, so many keys a step: three [H, L, K] with scaled queries, int32 [L] twice -> [H, L, K]."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+    # With all keys in a step, gradients of queries need no sum over steps.
+    sizes = splash.BlockSizes(
+        block_q=KERNEL_BLOCK,
+        block_kv=keys,
+        block_kv_compute=KERNEL_BLOCK,
+        block_q_dkv=KERNEL_BLOCK,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=KERNEL_BLOCK,
+        use_fused_bwd_kernel=True,
+    )
+    # The kernel compares `q_sequence`, an integer of every query, with the place of a key.
+    info = MaskInfo(data_next=None, mask_next=None, block_mask=None, partial_mask_blocks=None, q_sequence=last)
+    run = splash.SplashAttentionKernel(
+        fwd_mask_info=info,
+        dq_mask_info=None,
+        dkv_mask_info=info,
+        block_sizes=sizes,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        attn_logits_soft_cap=None,
+        residual_checkpoint_name=None,
+        mask_function=_up_to,
+        interpret=interpret,
+    )
+    return run(query, key, value, splash.SegmentIds(groups, groups))
+
+
+def _up_to(last: jax.Array, place: jax.Array) -> jax.Array:
+    return place <= last
+
+
 # The switch: every implementation has the signature of `xla_attention`.
-ATTENTION: dict[str, Callable[..., jax.Array]] = {"xla": xla_attention, "cached": cached_attention}
+ATTENTION: dict[str, Callable[..., jax.Array]] = {
+    "xla": xla_attention,
+    "cached": cached_attention,
+    "splash": splash_attention,
+}
+
+
+def check_attention(name: str) -> None:
+    """Raises UserError where the devices of the mesh in context, or else of this process, cannot run it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    if name == "splash" and platform != "tpu":
+        raise UserError(
+            f"attention 'splash' is a kernel for TPUs and cannot run on these devices ({platform}): use "
+            "--config.attention=xla for GPUs, --config.attention=cached for processors"
+        )
 
 
 def default_attention() -> str:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from nd_jax.models.attention import ATTENTION
+from nd_jax.models.attention import ATTENTION, OrderedMask
 
 NORM_EPSILON = 1e-6
 HEAD_NORM_EPSILON = 1e-5
@@ -35,13 +35,14 @@ class TokenGeometry(NamedTuple):
       positions: float32 [B, N, D], spatial positions of the image tokens.
       rotary_cos, rotary_sin: float32 [B, N, K / 2], rotation of the image tokens. Text is at time 0, which turns
         nothing.
-      mask: bool [B, 1, L, L], True where a query (axis 2) may attend to a key (axis 3); text tokens come first.
+      mask: which keys a query may attend to, an `OrderedMask` or bool [B, 1, L, L] with queries on axis 2; text tokens
+        come first.
     """
 
     positions: jax.Array
     rotary_cos: jax.Array
     rotary_sin: jax.Array
-    mask: jax.Array
+    mask: OrderedMask | jax.Array
 
 
 @jax.custom_vjp

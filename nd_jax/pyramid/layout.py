@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nd_jax.errors import UserError
+from nd_jax.models.attention import OrderedMask
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.mmdit_block import TokenGeometry
 from nd_jax.models.positions import position_window, rotary_table
@@ -80,6 +81,14 @@ class TokenLayout:
         return clip_tokens(self.clips[-1], self.patch_size)
 
     @property
+    def last_seen(self) -> np.ndarray:
+        """int32 [T + N], place of the last token that (4) lets a token see, among those of its group."""
+        # Time ids rise. Padding is at time 0 like the first frame, but in a group of its own.
+        last = np.searchsorted(self.time_ids, self.time_ids, side="right").astype(np.int32) - 1
+        last[self.text_length :][: self.padding] = self.text_length + self.padding - 1
+        return last
+
+    @property
     def current_unseen(self) -> bool:
         """Whether (4) hides the current clip from text and history, as it does once there is a history."""
         return len(self.clips) > 1
@@ -100,11 +109,11 @@ class TokenLayout:
         return xp.concatenate([(text_mask > 0).astype(np.int32), image], axis=1)
 
     def geometry(self, text_mask: Any) -> TokenGeometry:
-        """What the transformer takes: positions and rotation with a batch axis of 1, the mask [B, 1, L, L].
+        """What the transformer takes: positions, rotation and `last_seen` with a batch axis of 1, groups of [B].
 
-        For a numpy mask everything is numpy; under `jax.jit` the large mask is made on the device.
+        For a numpy mask everything is numpy.
         """
-        mask = attention_mask(self.time_ids[None], self.groups(text_mask))
+        mask = OrderedMask(self.last_seen[None], self.groups(text_mask))
         return TokenGeometry(self.positions[None], self.rotary_cos[None], self.rotary_sin[None], mask)
 
     def pack(self, clips: Sequence[jax.Array]) -> jax.Array:
@@ -187,23 +196,9 @@ def pad_layout(layout: TokenLayout, length: int) -> TokenLayout:
     )
 
 
-def attention_mask(time_ids: Any, groups: Any) -> Any:
-    """Equation 4. Takes numpy or JAX arrays.
-
-    Args:
-      time_ids: int32 [B or 1, L].
-      groups: int32 [B, L].
-
-    Returns:
-      bool [B, 1, L, L]: queries on axis 2, keys on axis 3. Every token sees itself.
-    """
-    later = time_ids[:, :, None] >= time_ids[:, None, :]
-    return (later & (groups[:, :, None] == groups[:, None, :]))[:, None]
-
-
 def stack_geometries(geometries: Sequence[TokenGeometry]) -> TokenGeometry:
     """Geometries of one length for a batch whose samples have unlike layouts: joined on axis 0."""
-    return TokenGeometry(*(np.concatenate(parts) for parts in zip(*geometries, strict=True)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *geometries)
 
 
 def clip_tokens(clip: ClipShape, patch_size: int) -> int:

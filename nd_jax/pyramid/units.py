@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nd_jax.errors import UserError
+from nd_jax.models.attention import OrderedMask
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.mmdit_block import TokenGeometry
 from nd_jax.models.positions import position_window, rotary_table
@@ -36,7 +37,6 @@ from nd_jax.pyramid.history import history_plan
 from nd_jax.pyramid.layout import (
     ClipShape,
     VideoSize,
-    attention_mask,
     clip_tokens,
     pad_layout,
     patchify,
@@ -63,7 +63,7 @@ class StageUnits:
       index: int32 [units, N - M], equation 2; 0 is padding.
       position_index: int32 [units, N], into `positions`; 0 is padding.
       positions: float32 [P, D], zeros first, then one frame of every stage's size.
-      time_ids: int32 [units, T + N], of text and images.
+      time_ids, last_seen: int32 [units, T + N], of text and images (`layout.TokenLayout`).
       image_groups: int32 [units, N], of the images (`layout.TokenLayout.groups`).
       rotary_cos, rotary_sin: float32 [latent frames, K / 2], by time id.
     """
@@ -75,6 +75,7 @@ class StageUnits:
     position_index: np.ndarray
     positions: np.ndarray
     time_ids: np.ndarray
+    last_seen: np.ndarray
     image_groups: np.ndarray
     rotary_cos: np.ndarray
     rotary_sin: np.ndarray
@@ -95,7 +96,7 @@ class StageUnits:
             jnp.asarray(self.positions)[jnp.asarray(self.position_index)[unit_B]],
             jnp.asarray(self.rotary_cos)[image_time],
             jnp.asarray(self.rotary_sin)[image_time],
-            attention_mask(jnp.asarray(self.time_ids)[unit_B], groups),
+            OrderedMask(jnp.asarray(self.last_seen)[unit_B], groups),
         )
 
     def clean_history(self, pyramid: Sequence[jax.Array], unit_B: jax.Array) -> jax.Array:
@@ -147,6 +148,7 @@ def stage_units(config: MMDiTConfig, video: VideoSize, stage: int, text_length: 
         position_index=np.stack(position_index).astype(np.int32),
         positions=np.concatenate([np.zeros_like(positions[0][:1]), *positions]),
         time_ids=np.stack([layout.time_ids for layout in layouts]),
+        last_seen=np.stack([layout.last_seen for layout in layouts]),
         image_groups=np.stack([layout.groups(no_text)[0, text_length:] for layout in layouts]),
         rotary_cos=cos,
         rotary_sin=sin,

@@ -25,6 +25,8 @@ _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _KNOWN_TRIPS = re.compile(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)')
 # What JAX names the operations that a backward pass computes a second time.
 RECOMPUTED = "rematted_computation"
+# Products of [queries, keys] in one call of a splash attention kernel (`models.attention`).
+KERNEL_PRODUCTS = {"splash_mha_fwd": 2, "splash_mha_dkv": 5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,18 @@ class Module:
     entry: str
 
     @functools.cached_property
-    def _counted(self) -> tuple[Counter, tuple[str, ...]]:
-        runs, unknown = Counter(), []
-        self._visit(self.entry, 1, runs, unknown)
-        return runs, tuple(unknown)
+    def _counted(self) -> tuple[Counter, Counter, tuple[str, ...]]:
+        runs, again, unknown = Counter(), Counter(), []
+        self._visit(self.entry, 1, False, runs, again, unknown)
+        return runs, again, tuple(unknown)
 
     @property
     def open_loops(self) -> tuple[str, ...]:
-        return self._counted[1]
+        return self._counted[2]
+
+    def recomputed_runs(self, computation: str) -> int:
+        """How many of the runs are of a caller that repeats something for the backward pass."""
+        return self._counted[1][computation]
 
     def executed(self) -> Iterator[tuple[int, str, Instruction]]:
         """(runs, computation, instruction) of everything that runs; all branches of a conditional do."""
@@ -70,12 +76,14 @@ class Module:
         """Instruction name -> its shape, as text."""
         return {i.name: i.shape for i in self.computations[computation]}
 
-    def _visit(self, name: str, runs: int, total: Counter, unknown: list[str]) -> None:
+    def _visit(self, name: str, runs: int, again: bool, total: Counter, repeated: Counter, unknown: list[str]) -> None:
         total[name] += runs
+        repeated[name] += again * runs
         for instruction in self.computations[name]:
+            repeats = again or RECOMPUTED in instruction.attributes
             for called, trips in self._called(name, instruction, unknown):
                 if called in self.computations:
-                    self._visit(called, runs * trips, total, unknown)
+                    self._visit(called, runs * trips, repeats, total, repeated, unknown)
 
     def _called(self, computation: str, instruction: Instruction, unknown: list[str]) -> list[tuple[str, int]]:
         loop = _LOOP.search(instruction.attributes)
@@ -157,10 +165,12 @@ def parse(text: str) -> Module:
         if header:
             current, lines = header.group(2), []
             entry = current if header.group(1) else entry
-        elif line.startswith("}") and current:
+        elif line.startswith("}") and not line.startswith("}}") and current:
             computations[current], current = tuple(lines), ""
         elif current:
             match = _INSTRUCTION.match(line)
+            if not match and lines:  # Attributes of a kernel are written on several lines.
+                lines[-1] = dataclasses.replace(lines[-1], attributes=lines[-1].attributes + line)
             if match:
                 root, name, shape, opcode, rest = match.groups()
                 inside = rest[: _closing(rest)]
@@ -204,7 +214,7 @@ class Products:
     """Matrix products and convolutions of one call on one device.
 
     Attributes:
-      flops: operations.
+      flops: operations, those of splash attention kernels included.
       recomputed_flops: those of them that a backward pass repeats to save memory.
       bytes: equation 2, of custom kernels too.
     """
@@ -215,19 +225,29 @@ class Products:
 
 
 def products(module: Module) -> Products:
-    """Of all that runs. Operations inside of custom kernels are not seen here, only what they read and write."""
+    """Of all that runs. What kernels read and write counts, their operations only in splash attention."""
     flops = recomputed = moved = 0
     shapes = functools.cache(module.shapes)
     for runs, computation, instruction in module.executed():
-        if instruction.opcode not in ("dot", "convolution") and "tpu_custom_call" not in instruction.attributes:
+        kernel = "tpu_custom_call" in instruction.attributes
+        if instruction.opcode not in ("dot", "convolution") and not kernel:
             continue
         operands = [shapes(computation)[name] for name in instruction.operands]
         moved += runs * (shape_bytes(instruction.shape) + sum(map(shape_bytes, operands)))
-        if instruction.opcode in ("dot", "convolution"):
-            own = runs * _product_flops(instruction, operands)
-            flops += own
-            recomputed += own * (RECOMPUTED in instruction.attributes)
+        own = (_kernel_flops if kernel else _product_flops)(instruction, operands)
+        again = RECOMPUTED in instruction.attributes
+        flops += runs * own
+        recomputed += own * (runs if again else module.recomputed_runs(computation))
     return Products(flops, recomputed, moved)
+
+
+def _kernel_flops(instruction: Instruction, operands: list[str]) -> int:
+    """By formula: the first operands are queries [..., H, L, K] and keys [..., H, S, K]; every pair is computed."""
+    count = next((n for name, n in KERNEL_PRODUCTS.items() if f"/{name}" in instruction.attributes), 0)
+    if not count:
+        return 0
+    (_, query), (_, key) = (arrays(shape)[0] for shape in operands[:2])
+    return 2 * count * math.prod(query) * key[-2]
 
 
 def _product_flops(instruction: Instruction, operands: list[str]) -> int:
