@@ -1,6 +1,7 @@
 """Everything of a model folder that a phone needs to make its videos, in one folder.
 
     python -m converters.bundle --model DIR --output BUNDLE
+    python -m converters.bundle --model DIR --output BUNDLE --precision w8a16 --calibration CAPTURE
     python -m converters.run_hexagon --bundle BUNDLE --prompt TEXT --output video.mp4
 
     BUNDLE/model.json         graphs, order of calls, sampler, constants (converters/bundle_manifest.py)
@@ -8,25 +9,30 @@
     BUNDLE/host.safetensors   weights and tables of what the host computes (converters/bundle_host.py)
     BUNDLE/tokenizer*/        copies
 
-The mode and all sizes are those of generation.json. The folder appears when it is complete.
+The mode and all sizes are those of generation.json. With --precision w8a16 the graphs that have a plan for that
+(converters/precision_plan.py) are quantised on samples of `experiments.generate --capture`; the others stay float32,
+which is compiled to FP16. The folder appears when it is complete.
 """
 
 import argparse
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters import export_onnx, graph_sizes, graphs
-from converters.bundle_manifest import HOST, MANIFEST, graph_names, manifest, stage_arrays
+from converters import export_onnx, graph_sizes, graphs, quantize
+from converters.bundle_manifest import HOST, MANIFEST, TEXT_GRAPHS, graph_names, manifest, stage_arrays
 from converters.first_frame_graph import CONDITIONING_PARAMS
-from converters.graph import TRANSFORMER, GraphOptions
+from converters.graph import TRANSFORMER, Graph, GraphOptions
 from converters.output_files import write_json
 from converters.packages import need
+from converters.precision_plan import PLANS
 from converters.progress import stages
+from converters.samples import read_arrays, sample_files
 from nd_jax.errors import UserError, run_command
 from nd_jax.files import replacing_folder
 from nd_jax.generate import lcm
@@ -43,7 +49,11 @@ MMDIT_EMBEDDERS = ("timestep_embedder", "pooled_embedder")
 
 
 def write_bundle(
-    model_dir: str | Path, output: str | Path, allow_overflow: bool = False, residual_scale: str = "auto"
+    model_dir: str | Path,
+    output: str | Path,
+    allow_overflow: bool = False,
+    residual_scale: str = "auto",
+    calibration: str | Path | None = None,
 ) -> dict[str, Any]:
     """Exports all graphs of a model folder's mode, and writes what goes with them.
 
@@ -52,12 +62,14 @@ def write_bundle(
       output: the bundle; one that is there is replaced.
       allow_overflow: as of `export_onnx.export_graph`, for every graph.
       residual_scale: of T5, see `converters.residual_scale`.
+      calibration: folder of `experiments.generate --capture`; with it graphs that have a plan become W8A16.
 
     Returns:
       `model.json`.
 
     Raises:
-      UserError: a bad model folder, one with Pyramid-Flow's own decoder, or a graph that does not export.
+      UserError: a bad model folder, one with Pyramid-Flow's own decoder, a graph that does not export, or one that has
+        no samples.
     """
     need("tensorflow", "tf2onnx", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
     model_dir, output = Path(model_dir), Path(output)
@@ -73,9 +85,20 @@ def write_bundle(
     if enlarges:
         open_super_resolution(model_dir)
     names = graph_names(model, first, enlarges)
-    options = GraphOptions(residual_scale=residual_scale, **graph_sizes.folder_sizes(model_dir))
+    calibration = None if calibration is None else Path(calibration)
+    for name in names if calibration else ():
+        if name in PLANS and not (calibration / name).is_dir():
+            raise UserError(
+                f"{calibration}: holds no samples of {name}; make them with experiments.generate --capture, from this "
+                "model folder"
+            )
+    options = GraphOptions(
+        residual_scale=residual_scale,
+        calibration=None if calibration is None else _token_samples(calibration, names),
+        **graph_sizes.folder_sizes(model_dir),
+    )
     with replacing_folder(output, MANIFEST) as folder, stages(len(names) + 1) as begin:
-        reports, arrays = _export(model, names, options, folder / "graphs", allow_overflow, begin)
+        reports, arrays = _export(model, names, options, folder / "graphs", allow_overflow, calibration, begin)
         begin("host")
         entry = manifest(model, first, reports)
         for tokenizer in entry["tokenizers"].values():
@@ -91,29 +114,67 @@ def write_bundle(
     return entry
 
 
+def _token_samples(calibration: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Ids and masks, int32 [N, L] each, that T5's residual scale is measured on; None without captured ones."""
+    (folder,) = (calibration / name for name in names if name in TEXT_GRAPHS)
+    if not folder.is_dir():
+        return None
+    stacks = [read_arrays(file) for file in sample_files(folder)]
+    return tuple(np.concatenate([arrays[name] for arrays in stacks]) for name in ("input_ids", "attention_mask"))
+
+
 def _export(
     model: ModelFolder,
     names: Sequence[str],
     options: GraphOptions,
     folder: Path,
     allow_overflow: bool,
+    calibration: Path | None,
     begin: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """(report of every graph, the weights of what the host computes)."""
-    # The graphs' names of the subfolders that differ from model to model.
-    places = {TRANSFORMER: model.parts["transformer"], "context_adapter": model.parts.get("context_adapter", "")}
     reports, arrays, loaded = {}, {}, {}
     for name in names:
         begin(name)
-        folders, build = graphs.GRAPHS[name]
-        # Graphs of one component follow each other; others do not stay in memory.
-        loaded = {
-            part: loaded.get(part) or load_component(model.root / places.get(part, part), dtype=np.float32)
-            for part in folders
-        }
-        reports[name] = export_onnx.export_loaded(build(loaded, options), folder, allow_overflow=allow_overflow)
+        loaded = load_components(model, name, loaded)
+        graph = build_graph(name, loaded, options)
+        if calibration is None or name not in PLANS:
+            reports[name] = export_onnx.export_loaded(graph, folder, allow_overflow=allow_overflow)
+        else:
+            reports[name] = _export_quantised(graph, folder, calibration / name)
         arrays |= host_weights(loaded)
     return reports, arrays
+
+
+def _export_quantised(graph: Graph, folder: Path, samples: Path) -> dict[str, Any]:
+    """The report of the export, with that of the quantisation under "quantised"."""
+    # What FP16 cannot hold is no fault of a graph of integers; the float one is here for a moment only.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        report = export_onnx.export_loaded(graph, Path(scratch), allow_overflow=True, samples=samples)
+        path = Path(scratch) / f"{graph.name}.onnx"
+        quantised = quantize.quantize_graph(path, samples, folder / path.name)
+        shutil.copy(path.with_suffix(".inputs.npz"), folder)
+    return report | {"quantised": quantised}
+
+
+def load_components(model: ModelFolder, graph: str, loaded: Mapping[str, Component]) -> dict[str, Component]:
+    """The components of a graph by the graph's names for their subfolders, float32.
+
+    Args:
+      model: the folder.
+      graph: a name of `graphs.GRAPHS`.
+      loaded: those of another graph, of which common ones are not read again; the others are let go.
+    """
+    places = {TRANSFORMER: model.parts["transformer"], "context_adapter": model.parts.get("context_adapter", "")}
+    return {
+        part: loaded.get(part) or load_component(model.root / places.get(part, part), dtype=np.float32)
+        for part in graphs.GRAPHS[graph][0]
+    }
+
+
+def build_graph(name: str, components: Mapping[str, Component], options: GraphOptions) -> Graph:
+    """A graph of `graphs.GRAPHS` on components in memory."""
+    return graphs.GRAPHS[name][1](components, options)
 
 
 def host_weights(components: Mapping[str, Component]) -> dict[str, np.ndarray]:
@@ -145,15 +206,28 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the bundle")
     parser.add_argument("--residual-scale", default="auto", help="of T5: auto, none or a power of two (default auto)")
     parser.add_argument("--allow-overflow", action="store_true", help="export although a value passes FP16's 65504")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--precision", choices=("fp16", "w8a16"), default="fp16", help="of the graphs with a plan (default fp16)"
+    )
+    parser.add_argument(
+        "--calibration", type=Path, metavar="DIR", help="samples of experiments.generate --capture, for w8a16"
+    )
+    args = parser.parse_args(argv)
+    if (args.precision == "w8a16") != (args.calibration is not None):
+        parser.error("--precision w8a16 and --calibration DIR go together")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
     args = parse(argv)
-    entry = write_bundle(args.model, args.output, args.allow_overflow, args.residual_scale)
+    entry = write_bundle(args.model, args.output, args.allow_overflow, args.residual_scale, args.calibration)
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    print(f"{len(entry['graphs'])} graphs, mode {entry['mode']}, {size / 1e6:.1f} MB: {args.output / MANIFEST}")
+    quantised = sum(graph["precision"] == "w8a16" for graph in entry["graphs"].values())
+    print(
+        f"{len(entry['graphs'])} graphs, {quantised} of them in W8A16, mode {entry['mode']}, {size / 1e6:.1f} MB: "
+        f"{args.output / MANIFEST}"
+    )
     return 0
 
 

@@ -146,6 +146,13 @@ def encode_texts(
 # --- first frame ------------------------------------------------------------------------------------------------------
 
 
+class PictureText(NamedTuple):
+    """What the UNet is told: `context` [1, L, E] and `pooled` [1, P]."""
+
+    context: np.ndarray
+    pooled: np.ndarray
+
+
 def draw_picture(
     model: Mapping[str, Any],
     arrays: Arrays,
@@ -155,24 +162,45 @@ def draw_picture(
     noise: np.ndarray,
 ) -> np.ndarray:
     """Equation 6 and the image decoder: uint8 [H, W, 3]."""
+    (text,) = encode_picture_texts(model, tokenizers, open_graph, [prompt])
+    return decode_picture(model, open_graph, denoise_picture(model, arrays, open_graph, text, noise))
+
+
+def encode_picture_texts(
+    model: Mapping[str, Any], tokenizers: Tokenizers, open_graph: OpenGraph, prompts: Sequence[str]
+) -> list[PictureText]:
+    """What the UNet is told of every prompt."""
+    found = {}
+    for name in ("first_frame_clip_l", "first_frame_clip_g"):
+        call = open_graph(name)
+        found[name] = [call(token_inputs(model, name, tokenizers[name], prompt)) for prompt in prompts]
+    return [
+        PictureText(np.concatenate([left["penultimate"], right["penultimate"]], axis=-1), right["pooled"])
+        for left, right in zip(*found.values(), strict=True)
+    ]
+
+
+def denoise_picture(
+    model: Mapping[str, Any], arrays: Arrays, open_graph: OpenGraph, text: PictureText, noise: np.ndarray
+) -> np.ndarray:
+    """Equation 6: latents [1, h, w, C], times the scaling factor."""
     first = model["first_frame"]
-    texts = {
-        name: open_graph(name)(token_inputs(model, name, tokenizers[name], prompt))
-        for name in ("first_frame_clip_l", "first_frame_clip_g")
-    }
-    context = np.concatenate([text["penultimate"] for text in texts.values()], axis=-1)
     numbers = sinusoid(first["time_ids"], first["time_id_channels"]).reshape(1, -1)
-    sizes = np.concatenate([texts["first_frame_clip_g"]["pooled"], numbers], axis=-1)
+    sizes = mlp(arrays, "unet/size_embedding", np.concatenate([text.pooled, numbers], axis=-1))
     unet, x = open_graph("unet"), noise[:1]
     for step, z in zip(first["steps"], noise[1:], strict=True):
         time = sinusoid([step["timestep"]], first["time_channels"]) + arrays["unet/guidance"]
-        conditioning = silu(mlp(arrays, "unet/time_embedding", time) + mlp(arrays, "unet/size_embedding", sizes))
-        e = unet({"latents": x, "conditioning": conditioning, "context": context})["prediction"]
+        conditioning = silu(mlp(arrays, "unet/time_embedding", time) + sizes)
+        e = unet({"latents": x, "conditioning": conditioning, "context": text.context})["prediction"]
         clean = (x - step["noise"] * e) / step["signal"]
         denoised = step["c_skip"] * x + step["c_out"] * clean
         x = step["next_signal"] * denoised + step["next_noise"] * z
-    del unet
-    image = open_graph("image_decoder")({"latents": x / first["scaling_factor"]})["image"]
+    return x
+
+
+def decode_picture(model: Mapping[str, Any], open_graph: OpenGraph, latents: np.ndarray) -> np.ndarray:
+    """Latents of `denoise_picture` -> uint8 [H, W, 3]."""
+    image = open_graph("image_decoder")({"latents": latents / model["first_frame"]["scaling_factor"]})["image"]
     return to_picture(to_unit(image[0]))
 
 
@@ -219,12 +247,11 @@ def pyramid(latents: np.ndarray, stages: int) -> list[np.ndarray]:
     return levels
 
 
-def clean_history(model: Mapping[str, Any], arrays: Arrays, latents: np.ndarray, stage: int, unit: int) -> np.ndarray:
-    """Equation 3: [1, N - M, p p C], padding in front."""
-    levels = pyramid(latents, model["video"]["stages"])[: stage + 1]
-    tokens = [patchify(level, model["video"]["patch_size"]) for level in levels]
-    bank = np.concatenate([np.zeros_like(tokens[0][:1]), *tokens])
-    return bank[arrays[f"stage_{stage}/index"][unit]][None]
+def clean_history(model: Mapping[str, Any], arrays: Arrays, latents: np.ndarray, unit: int) -> list[np.ndarray]:
+    """Equation 3 at every stage: [1, N - M, p p C], padding in front."""
+    tokens = [patchify(level, model["video"]["patch_size"]) for level in pyramid(latents, model["video"]["stages"])]
+    banks = [np.concatenate([np.zeros_like(tokens[0][:1]), *tokens[: stage + 1]]) for stage in range(len(tokens))]
+    return [bank[arrays[f"stage_{stage}/index"][unit]][None] for stage, bank in enumerate(banks)]
 
 
 def geometry(
@@ -243,6 +270,19 @@ def geometry(
     }
 
 
+def conditionings(
+    model: Mapping[str, Any], arrays: Arrays, settings: Mapping[str, Any], branches: Sequence[Text]
+) -> list[list[list[np.ndarray]]]:
+    """Equation 1 for every stage, step and branch of a unit, [1, D]; the same for all units with these settings."""
+    pooled = [mlp(arrays, "pooled_embedder", branch.pooled) for branch in branches]
+
+    def step(timestep: float) -> list[np.ndarray]:
+        time = mlp(arrays, "timestep_embedder", sinusoid([timestep], model["time_channels"]))
+        return [silu(time + each) for each in pooled]
+
+    return [[step(timestep) for timestep in stage["timesteps"]] for stage in settings["stages"]]
+
+
 def rollout(
     model: Mapping[str, Any],
     arrays: Arrays,
@@ -253,7 +293,7 @@ def rollout(
     first: np.ndarray | None,
 ) -> np.ndarray:
     """Equations 1 to 5: normalised latents [T, h, w, C]; `first` [h, w, C] in mode "hybrid"."""
-    sampler, stages = model["sampler"], model["video"]["stages"]
+    sampler, stages, patch = model["sampler"], model["video"]["stages"], model["video"]["patch_size"]
     calls = [open_graph(f"mmdit_stage{stage}") for stage in range(stages)]
     latents = np.zeros_like(noise.initial)
     if first is not None:
@@ -261,6 +301,9 @@ def rollout(
     for unit in range(sampler["first_unit"], sampler["units"]):
         settings = sampler["later"] if unit else sampler["first"]
         branches = [text] if settings["guidance"] is None else [negative, text]
+        if unit in (sampler["first_unit"], 1):  # Those behind have the same steps.
+            conditioned = conditionings(model, arrays, settings, branches)
+        histories = clean_history(model, arrays, latents, unit)
         x = noise.initial[unit : unit + 1]
         for _ in range(stages - 1):
             x = 2 * halve(x)
@@ -268,22 +311,17 @@ def rollout(
             if stage:
                 jump = sampler["jumps"][stage]
                 x = jump["alpha"] * upsample(x) + jump["beta"] * noise.jumps[stage - 1][unit : unit + 1]
-            history = clean_history(model, arrays, latents, stage, unit)
             fixed = [
                 {"context": branch.context, **geometry(model, arrays, stage, unit, branch.mask)} for branch in branches
             ]
-            steps = settings["stages"][stage]
-            sigmas = np.asarray(steps["sigmas"], np.float32)
-            for timestep, change in zip(steps["timesteps"], np.diff(sigmas), strict=True):
-                v = []
-                for branch, inputs in zip(branches, fixed, strict=True):
-                    tokens = np.concatenate([history, patchify(x, model["video"]["patch_size"])[None]], axis=1)
-                    conditioning = silu(
-                        mlp(arrays, "timestep_embedder", sinusoid([timestep], model["time_channels"]))
-                        + mlp(arrays, "pooled_embedder", branch.pooled)
-                    )
-                    out = calls[stage]({"tokens": tokens, "conditioning": conditioning, **inputs})
-                    v.append(unpatchify(out["velocity"], x.shape, model["video"]["patch_size"]))
+            sigmas = np.asarray(settings["stages"][stage]["sigmas"], np.float32)
+            for conditioning, change in zip(conditioned[stage], np.diff(sigmas), strict=True):
+                tokens = np.concatenate([histories[stage], patchify(x, patch)[None]], axis=1)
+                v = [
+                    calls[stage]({"tokens": tokens, "conditioning": given, **inputs})["velocity"]
+                    for given, inputs in zip(conditioning, fixed, strict=True)
+                ]
+                v = [unpatchify(tokens, x.shape, patch) for tokens in v]
                 v = v[0] if len(v) == 1 else v[0] + settings["guidance"] * (v[1] - v[0])
                 x = x + change * v
         latents[unit] = x[0]

@@ -29,6 +29,8 @@ KEYS = (
     *("masked_logit", "time_channels", "first_frame", "dropped_frames", "safety_checker"),
 )
 FILES = ("graphs", "tokenizers", "host")
+# What encodes a prompt for the transformer: of Neodragon, and of a teacher.
+TEXT_GRAPHS = ("text_encoder", "t5_encoder")
 
 # What the host computes and which graph it calls, in order. Equations: converters/bundle_host.py.
 CALLS = (
@@ -54,9 +56,14 @@ CALLS = (
 )
 
 
+def text_graph(model: ModelFolder) -> str:
+    """Which of `TEXT_GRAPHS` a model folder has."""
+    return TEXT_GRAPHS[0] if model.text.context_adapter else TEXT_GRAPHS[1]
+
+
 def graph_names(model: ModelFolder, first: FirstFrameModel | None, enlarges: bool) -> list[str]:
     """The graphs of a model folder in its mode, in the order of the calls."""
-    names = {"text_encoder" if model.text.context_adapter else "t5_encoder", "clip_l", "clip_g", "decoder_stream"}
+    names = {text_graph(model), "clip_l", "clip_g", "decoder_stream"}
     names |= {f"mmdit_stage{stage}" for stage in range(model.sampler().video.stages)}
     names |= {"vae_encoder"} if model.mode == "hybrid" else set()
     names |= {"first_frame_clip_l", "first_frame_clip_g", "unet", "image_decoder"} if first else set()
@@ -72,20 +79,17 @@ def manifest(
     Args:
       model: the folder.
       first: its first-frame part, or None.
-      reports: of `export_onnx.export_loaded`, by graph, in the order of the calls.
+      reports: of `export_onnx.export_loaded`, by graph, in the order of the calls; of a quantised graph with that of
+        `quantize.quantize_graph` under "quantised".
     """
     settings, config, vae = model.settings, model.sampler(), model.vae
     video = config.video
-    kept = ("inputs", "outputs", "carried", "notes")
     return {
         "version": VERSION,
         "mode": model.mode,
-        "graphs": {
-            name: {"file": f"graphs/{name}.onnx", "data": f"graphs/{name}.onnx.data"} | {k: report[k] for k in kept}
-            for name, report in reports.items()
-        },
+        "graphs": {name: graph_entry(name, report) for name, report in reports.items()},
         "calls": [{"graph": name, "when": when, "what": what} for name, when, what in CALLS if name in reports],
-        "text_graph": "text_encoder" if model.text.context_adapter else "t5_encoder",
+        "text_graph": text_graph(model),
         "tokenizers": tokenizer_entries(model, first),
         "prompt_modifier": settings.prompt_modifier,
         "negative_prompt": settings.negative_prompt,
@@ -104,8 +108,22 @@ def manifest(
         "masked_logit": DEVICE_MASKED_LOGIT,
         "time_channels": SINUSOID_CHANNELS,
         "first_frame": None if first is None else first_frame_entry(first, settings.height, settings.width),
-        "dropped_frames": vae.decoder.dropped_frames,
+        # Pyramid-Flow's own decoder is no graph, and so not part of a bundle.
+        "dropped_frames": vae.decoder.dropped_frames if hasattr(vae, "decoder") else None,
         "safety_checker": False,
+    }
+
+
+def graph_entry(name: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """One graph; `encodings` are those of its inputs and outputs that are integers, equation 1 of `converters.qdq`."""
+    kept = ("inputs", "outputs", "carried", "notes")
+    quantised = report.get("quantised")
+    return {
+        "file": f"graphs/{name}.onnx",
+        "data": f"graphs/{name}.onnx.data",
+        "precision": quantised["precision"] if quantised else "fp16",
+        **{key: report[key] for key in kept},
+        "encodings": quantised["encodings"] if quantised else {},
     }
 
 
@@ -139,9 +157,8 @@ def tokenizer_entries(model: ModelFolder, first: FirstFrameModel | None) -> dict
     An `end_token` of null is the largest id, see `clip_text.eos_positions`.
     """
     t5 = getattr(model.text.text_encoder_3, "encoder", model.text.text_encoder_3)
-    text = "text_encoder" if model.text.context_adapter else "t5_encoder"
     entries = {
-        text: {
+        text_graph(model): {
             "folder": "tokenizer_3",
             "length": model.settings.text_length,
             "vocab_size": t5.vocab_size,

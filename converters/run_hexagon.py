@@ -3,8 +3,8 @@
     python -m converters.run_hexagon --bundle BUNDLE --prompt TEXT --output video.mp4
     python -m converters.run_hexagon --bundle BUNDLE --prompt TEXT --output video.mp4 --compare MODEL_DIR
 
-Graphs run in float32 on the processor or, with --simulator CHIP, compiled on the HTP simulator. Quantised graphs of
-`converters.quantize` may stand in the place of float32 ones. Noise is that of `experiments.generate` for the first
+Graphs run on the processor or, with --simulator CHIP, compiled on the HTP simulator: those of float32 in FP16, those
+that `converters.bundle --precision w8a16` quantised in W8A16. Noise is that of `experiments.generate` for the first
 prompt of a file, so that the same seed gives the same video; --compare makes that one with JAX.
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 from converters import hexagon, qdq
 from converters.bundle_host import Arrays, Noise, OpenGraph, make_frames
 from converters.bundle_manifest import bundle_path, read_manifest
+from converters.output_files import write_json
 from converters.packages import need
 from converters.samples import read_model
 from nd_jax.errors import UserError, run_command
@@ -104,8 +105,8 @@ def _on_simulator(path: Path, soc: str, scratch: Path) -> Callable[[Arrays], dic
 # --- the video --------------------------------------------------------------------------------------------------------
 
 
-def draw_noise(model: dict[str, Any], seed: int) -> Noise:
-    """The noise of `experiments.generate` for prompt 0, whatever the bundle's numbers of steps."""
+def draw_noise(model: dict[str, Any], seed: int, prompt_id: int = PROMPT_ID) -> Noise:
+    """The noise of `experiments.generate` for a prompt, whatever the bundle's numbers of steps."""
     import jax
 
     from nd_jax.generate import first_frame, sampler
@@ -118,7 +119,7 @@ def draw_noise(model: dict[str, Any], seed: int) -> Noise:
     steps = (1,) * size.stages
     schedule = PyramidSchedule(size.stages, model["sampler"]["gamma"])
     config = SamplerConfig(size, "monolithic", first_steps=steps, steps=steps, schedule=schedule)
-    key = sampler.prompt_keys(seed, np.array([PROMPT_ID]))
+    key = sampler.prompt_keys(seed, np.array([prompt_id]))
     streams = jax.vmap(jax.random.split)(key)
     noise = sampler.draw_noise(streams[:, 0], config, channels)
     posterior = jax.random.normal(streams[0, 1], (1, size.height, size.width, channels), np.float32)
@@ -135,7 +136,12 @@ def draw_noise(model: dict[str, Any], seed: int) -> Noise:
 
 
 def bundle_frames(
-    bundle: Path, prompt: str, seed: int = 0, image: Path | None = None, soc: str | None = None
+    bundle: Path,
+    prompt: str,
+    seed: int = 0,
+    image: Path | None = None,
+    soc: str | None = None,
+    model: dict[str, Any] | None = None,
 ) -> list[np.ndarray]:
     """Frames uint8 [H, W, 3] of a prompt.
 
@@ -145,6 +151,7 @@ def bundle_frames(
       seed: of all noise.
       image: a picture file, the first frame, in mode "hybrid".
       soc: a chip, to run on the HTP simulator; the CPU provider without.
+      model: its `model.json`, if it was read already.
 
     Raises:
       UserError: a damaged bundle, an image that the mode does not take or lacks, a missing package.
@@ -153,7 +160,7 @@ def bundle_frames(
     from nd_jax.weights.safetensors_io import SafetensorsFile
 
     need("onnx", "onnxruntime")
-    model = read_manifest(bundle)
+    model = model or read_manifest(bundle)
     if soc is not None:
         hexagon.soc_model(soc)
         hexagon.require_compiler()
@@ -259,14 +266,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
     args, begin = parse(argv), time.perf_counter()
-    frames = bundle_frames(args.bundle, args.prompt, args.seed, args.image, args.simulator)
+    model = read_manifest(args.bundle)
+    frames = bundle_frames(args.bundle, args.prompt, args.seed, args.image, args.simulator, model)
     seconds = time.perf_counter() - begin
-    _write(args.output, frames, read_manifest(args.bundle)["video"]["frame_rate"])
+    _write(args.output, frames, model["video"]["frame_rate"])
     height, width = frames[0].shape[:2]
     print(f"{len(frames)} frames of {height} x {width} in {seconds:.1f} s: {args.output}")
+    report = {"bundle": str(args.bundle), "simulator": args.simulator, "frames": len(frames), "seconds": seconds}
     if args.compare:
         psnr = psnr_db(frames, jax_frames(args.compare, args.prompt, args.seed, args.image))
         print("equal to the video by JAX" if math.isinf(psnr) else f"{psnr:.1f} dB PSNR against the video by JAX")
+        # None for equal frames: JSON has no infinity.
+        report["psnr_db"] = None if math.isinf(psnr) else psnr
+    write_json(args.output.with_suffix(".json"), report)
     return 0
 
 

@@ -45,7 +45,7 @@ def sample_files(folder: Path) -> list[Path]:
     """
     files = sorted(folder.glob("*.npz"))
     if not files:
-        raise UserError(f"{folder}: holds no .npz files; write some, for the decoder with converters.calibrate_decoder")
+        raise UserError(f"{folder}: holds no .npz files; write some with experiments.generate --capture")
     return files
 
 
@@ -73,7 +73,7 @@ def read_sample(path: Path, specs: list[TensorSpec]) -> Sample:
     Raises:
       UserError: an array that is absent or does not fit.
     """
-    arrays, sample = _arrays(path), {}
+    arrays, sample = read_arrays(path), {}
     for spec in specs:
         array = _named(arrays, spec, path)
         if array.shape != spec.shape or array.dtype != spec.dtype:
@@ -113,7 +113,12 @@ def read_model(path: Path) -> "onnx.ModelProto":
         raise UserError(f"{path}: not an ONNX file; export one with converters.export_onnx") from error
 
 
-def _arrays(path: Path) -> Sample:
+def read_arrays(path: Path) -> Sample:
+    """All arrays of an .npz file.
+
+    Raises:
+      UserError: no such file, or a damaged one.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder; give samples of the graph's inputs")
     try:
@@ -124,7 +129,7 @@ def _arrays(path: Path) -> Sample:
 
 
 def _columns(path: Path, specs: list[TensorSpec]) -> list[tuple[TensorSpec, np.ndarray]]:
-    arrays = _arrays(path)
+    arrays = read_arrays(path)
     return [(spec, _named(arrays, spec, path)) for spec in specs]
 
 

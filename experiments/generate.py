@@ -8,7 +8,7 @@ A model folder is the released layout (nd_jax/generate/model_folder.py); its gen
 defaults of everything about the video. In mode hybrid the first frame is made from the prompt, or given. A folder with
 a `quicksrnet` makes large videos. OUTPUT gets an MP4 per prompt and generate.json: settings, seconds of every part,
 seconds of a call of the transformer per stage. The same command again makes what is missing and nothing else.
-docs/generate.md says more.
+--capture DIR also keeps real inputs of every graph for the device (experiments/capture.py). docs/generate.md says more.
 """
 
 import argparse
@@ -57,6 +57,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=1, metavar="N", help="prompts at once (default 1)")
     add_sampling_options(parser)
     add("--shard", action="store_true", help="split every batch over all devices")
+    add("--capture", type=Path, metavar="DIR", help="also write samples of every graph's inputs, to calibrate on")
+    add("--capture-samples", type=int, default=32, metavar="N", help="of each graph (default 32)")
     args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error("--batch must be at least 1")
@@ -64,6 +66,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--seed must be from 0 to 4294967295")
     if args.safety_frames < 0:
         parser.error("--safety-frames must be 0 or more")
+    if args.capture_samples < 1:
+        parser.error("--capture-samples must be at least 1")
     return args
 
 
@@ -132,6 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nd_jax.data.prompts import PromptSource
     from nd_jax.files import write_text
 
+    if args.capture is not None:
+        from experiments.capture import capture_samples, is_captured
+
     model = open_chosen(args, args.mode)
     sampler = model.sampler()
     parts = open_parts(args, model)
@@ -139,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = PromptSource(args.prompts)
     jobs = [Job(id, prompt, args.output / file_stem(id, prompt)) for id, prompt in enumerate(prompts)]
     unsafe_before = _claim(args.output, settings).get("unsafe", [])
+    to_capture = args.capture is not None and not is_captured(args.capture, args.capture_samples, settings)
 
     missing = [job for job in jobs if job.lacks(*parts.wanted)]
     result = {"settings": settings, "videos": len(jobs), "made": len(missing), "skipped": len(jobs) - len(missing)}
@@ -156,6 +164,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             of = "call of the first frame" if what == "first_frame" else f"transformer call, {what} units"
             print(f"seconds per {of}: {shown}")
     print(f"{len(missing)} videos made, {result['skipped']} there already: {args.output}")
+    if to_capture:
+        texts = {job.id: job.prompt for job in jobs}
+        counts = capture_samples(model, texts, args.capture, args.capture_samples, args.seed, parts.image, settings)
+        print(f"{sum(counts.values())} samples of {len(counts)} graphs: {args.capture}")
     return 0
 
 

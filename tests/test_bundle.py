@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from converters import bundle, bundle_host, bundle_manifest, export_onnx, graphs, run_hexagon
+from converters import bundle, bundle_host, bundle_manifest, export_onnx, graph_sizes, graphs, run_hexagon
 from converters.first_frame_graph import unet_conditioning
 from converters.graph import GraphOptions
 from experiments.random_model import random_params, write_random_model
@@ -238,3 +238,39 @@ def test_end_weights_where_no_end_token_is_named():
     tokenize = lambda text: {"ids": np.array([3, 9, 9, 0], np.int32), "mask": np.ones(4, np.int32)}
     given = bundle_host.token_inputs(spec, "clip_g", tokenize, "")
     np.testing.assert_array_equal(given["end_weights"], np.array([[0, 1, 0, 0]], np.float32))
+
+
+def test_a_quantised_graph_in_a_bundle(hybrid, copied):
+    """QuickSRNet of integers in the place of the float32 one, and what model.json says of it."""
+    model = bundle_manifest.read_manifest(copied)
+    options = GraphOptions(**graph_sizes.folder_sizes(hybrid / "model"))
+    components = bundle.load_components(open_model(hybrid / "model"), "quicksrnet", {})
+    graph, samples = bundle.build_graph("quicksrnet", components, options), copied / "samples"
+    samples.mkdir()
+    for i in range(3):
+        np.savez(samples / f"{i}.npz", **graph.sample(np.random.default_rng(i)))
+    report = bundle._export_quantised(graph, copied / "graphs", samples)
+    entry = json.loads(json.dumps(bundle_manifest.graph_entry("quicksrnet", report)))
+    before = model["graphs"]["quicksrnet"]
+    assert (before["precision"], entry["precision"]) == ("fp16", "w8a16") and before["encodings"] == {}
+    assert {"precision", "encodings"} == {key for key in entry if entry[key] != before.get(key)}
+    assert sorted(entry["encodings"]) == ["frame", "large_frame"]
+    assert all(encoding["dtype"] == "uint16" for encoding in entry["encodings"].values())
+    sample = graph.sample(np.random.default_rng(9))
+    made = run_hexagon.graph_opener(copied, model)("quicksrnet")(sample)["large_frame"]
+    expected = np.asarray(graph.reference(*sample.values())[0])
+    assert made.dtype == np.float32 and not np.array_equal(made, expected)
+    assert np.abs(made - expected).max() < 0.5
+    # The same integers by the encodings of model.json.
+    low = entry["encodings"]["large_frame"]
+    steps = made / np.float32(low["scale"])
+    np.testing.assert_allclose(steps, np.round(steps), atol=0.01)
+
+
+def test_calibration_of_another_model(hybrid, tmp_path):
+    (tmp_path / "capture" / "clip_l").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no samples of vae_encoder; make them"):
+        bundle.write_bundle(hybrid / "model", tmp_path / "bundle", calibration=tmp_path / "capture")
+    for more in (["--precision", "w8a16"], ["--calibration", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            bundle.parse(["--model", str(hybrid), "--output", str(tmp_path), *more])
