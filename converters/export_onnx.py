@@ -70,6 +70,38 @@ def export_graph(
         return export_loaded(loaded, Path(output_dir), begin, keep_tflite, allow_overflow, seed, samples)
 
 
+def convert(
+    graph: Graph, tflite: Path, begin: Callable[[str], None] = lambda stage: None
+) -> tuple[Any, dict[str, int], dict[str, int]]:
+    """JAX -> TFLite -> ONNX with native operators, linted; nothing is run.
+
+    Args:
+      graph: what to trace.
+      tflite: the intermediate file to write.
+      begin: is called with the name of each stage.
+
+    Returns:
+      (`onnx_ir.Model` with weights, operators before the rewriting pass, number of places of each rewrite).
+
+    Raises:
+      UserError: an operator that a converter or the HTP does not take, a pattern that was not found.
+    """
+    begin("JAX -> TFLite -> ONNX")
+    model = tflite_route.trace(graph, tflite)
+    before = onnx_edit.op_counts(model)
+
+    begin("restore native operators")
+    rewrites = onnx_rewrite.restore_native(model)
+    missing = onnx_rewrite.missing_native_ops(model, graph.native_ops)
+    if missing:
+        raise UserError(f"graph {graph.name}: native operators were not restored: {', '.join(missing)}")
+    if graph.expand_tanh_gelu:
+        rewrites["expand_tanh_gelu"] = onnx_rewrite.expand_tanh_gelu(model)
+    onnx_rewrite.readable_names(model, flatten(graph.params))
+    onnx_lint.check(model, f"graph {graph.name}")
+    return model, before, rewrites
+
+
 def export_loaded(
     graph: Graph,
     output_dir: Path,
@@ -84,19 +116,7 @@ def export_loaded(
 
     start = time.perf_counter()
     with replacing_files(output_dir, f"{graph.name}.onnx") as folder:
-        begin("JAX -> TFLite -> ONNX")
-        model = tflite_route.trace(graph, folder / f"{graph.name}.tflite")
-        before = onnx_edit.op_counts(model)
-
-        begin("restore native operators")
-        rewrites = onnx_rewrite.restore_native(model)
-        missing = onnx_rewrite.missing_native_ops(model, graph.native_ops)
-        if missing:
-            raise UserError(f"graph {graph.name}: native operators were not restored: {', '.join(missing)}")
-        if graph.expand_tanh_gelu:
-            rewrites["expand_tanh_gelu"] = onnx_rewrite.expand_tanh_gelu(model)
-        onnx_rewrite.readable_names(model, flatten(graph.params))
-        onnx_lint.check(model, f"graph {graph.name}")
+        model, before, rewrites = convert(graph, folder / f"{graph.name}.tflite", begin)
         qdq.set_carried(model, graph.carried)
 
         begin("write")
