@@ -1,14 +1,17 @@
-"""Compiles an ONNX graph to a Hexagon context binary and measures it on the HTP simulator.
+"""Compiles ONNX graphs to Hexagon context binaries and measures them on the HTP simulator.
 
     python -m converters.compile_hexagon --onnx FILE --output DIR --soc 8-elite --run 2
 
-writes NAME_SOC.onnx (the wrapper that onnxruntime loads), NAME_SOC_qnn.bin and NAME_SOC.json (the report).
+writes NAME_SOC.onnx (the wrapper that onnxruntime loads), NAME_SOC_qnn.bin and NAME_SOC.json (the report), for every
+graph and chip that is given. With --share the graphs also become one binary, which holds their common weights once:
+NAME_SOC_shared.onnx for every graph and, named by the first, NAME_SOC_shared_qnn.bin and NAME_SOC_shared.json.
 """
 
 import argparse
+import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from nd_jax.errors import UserError, run_command
 # The text encoders of the released system run in FP16; that is what the simulator gives with room to spare. The
 # released decoder has 35 dB in W8A16.
 MIN_SNR_DB = {"fp16": 45.0, "w8a16": 34.0}
+# Of the weights of several graphs, the part that may be left of them in one binary for it to be of use.
+SHARED_PART = 0.9
 
 
 def compile_graph(
@@ -87,12 +92,13 @@ def compile_graph(
             result = hexagon.run_on_simulator(binary.wrapper, soc, integers)
             begin("run on the CPU")
             outputs = [qdq.to_floats(output, encodings) for output in result.outputs]
-            report["simulator"] = _assess(onnx_check.run_on_cpu(reference, samples), outputs, result)
+            report["simulator"] = assess(onnx_check.run_on_cpu(reference, samples), outputs, result)
         write_json(folder / f"{name}.json", report)
     return report
 
 
-def _assess(references: list[Sample], outputs: list[Sample], result: hexagon.SimulatorRun) -> dict[str, Any]:
+def assess(references: list[Sample], outputs: list[Sample], result: hexagon.SimulatorRun) -> dict[str, Any]:
+    """What a run on the simulator gave, beside the float32 outputs of the same samples."""
     differ = None
     if len(outputs) > 1:
         differ = {
@@ -106,6 +112,74 @@ def _assess(references: list[Sample], outputs: list[Sample], result: hexagon.Sim
         "seconds": [round(s, 2) for s in result.seconds],
         "peak_bytes": result.peak_bytes,
     }
+
+
+def compile_shared(onnx_paths: Sequence[str | Path], output_dir: str | Path, soc: str) -> dict[str, Any]:
+    """Compiles several graphs for one chip into one binary that holds weights which they have in common once.
+
+    What is compiled is not run: see `hexagon.compile_shared`. Check the same graphs one by one with `compile_graph`.
+
+    Args:
+      onnx_paths: at least two graphs with different names, such as those of one chunk of blocks at every stage.
+      output_dir: created if needed; files of the same names are replaced once all are complete.
+      soc: a name of `hexagon.SOC_MODELS`.
+
+    Returns:
+      The report, as in NAME_SOC_shared.json: `weight_bytes` of all graphs together and of what they hold once each is
+      counted a single time, `ran` (False), and costs as in the report of `compile_graph`.
+
+    Raises:
+      UserError: as `compile_graph`; fewer than two graphs, two of one name, or graphs with hardly an equal weight, as
+        when each of them has been rounded with regard to its own inputs.
+    """
+    paths, output_dir = [Path(path) for path in onnx_paths], Path(output_dir)
+    number = hexagon.soc_model(soc)
+    hexagon.require_compiler()
+    names = [f"{path.stem}_{soc}_shared" for path in paths]
+    if len(set(names)) < max(2, len(names)):
+        raise UserError(f"graphs {', '.join(path.stem for path in paths)}: give at least two, of different names")
+    quantised = [qdq.is_quantised(read_model(path)) for path in paths]
+    if len(set(quantised)) > 1:
+        one, other = paths[quantised.index(True)].name, paths[quantised.index(False)].name
+        raise UserError(f"{one} is quantised and {other} is not: they have no weights in common")
+    separate, together = _weight_bytes(paths)
+    if together > SHARED_PART * separate:
+        raise UserError(
+            f"{', '.join(path.name for path in paths)}: {together / separate:.0%} of their weights differ; give graphs "
+            "of the same weights, quantised with --rounding nearest"
+        )
+    with replacing_files(output_dir, f"{names[0]}.onnx") as folder, stages(1) as begin:
+        begin(f"compile for {soc}")
+        binary = hexagon.compile_shared(paths, [folder / f"{name}.onnx" for name in names], soc)
+        report = {
+            "onnx": [path.name for path in paths],
+            "soc": soc,
+            "soc_model": number,
+            "precision": "w8a16" if quantised[0] else "fp16",
+            "compile_seconds": round(binary.seconds, 2),
+            "compile_cpu_seconds": round(binary.cpu_seconds, 2),
+            "compile_peak_bytes": binary.peak_bytes,
+            "binary_bytes": binary.bytes,
+            "weight_bytes": {"separate": separate, "together": together},
+            "ran": False,
+        }
+        write_json(folder / f"{names[0]}.json", report)
+    return report
+
+
+def _weight_bytes(paths: Sequence[Path]) -> tuple[int, int]:
+    """Bytes of the constants of all graphs, and of the different ones among them."""
+    constants = [constant for path in paths for constant in _constants(path)]
+    return sum(size for _, size in constants), sum(dict(constants).values())
+
+
+def _constants(path: Path) -> Iterator[tuple[bytes, int]]:
+    """(digest, bytes) of every constant of a graph, which are mapped into memory one by one."""
+    import onnx_ir as ir
+
+    for value in ir.load(path).graph.initializers.values():
+        content = value.const_value.tobytes()
+        yield hashlib.sha256(content).digest(), len(content)
 
 
 def faults(report: dict[str, Any], min_snr_db: float, max_dram_bytes: float = math.inf) -> list[str]:
@@ -129,38 +203,68 @@ def faults(report: dict[str, Any], min_snr_db: float, max_dram_bytes: float = ma
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m converters.compile_hexagon",
-        description="Compiles an ONNX graph to a Hexagon context binary and measures it on the HTP simulator.",
+        description="Compiles ONNX graphs to Hexagon context binaries and measures them on the HTP simulator.",
     )
-    parser.add_argument("--onnx", type=Path, required=True, help="graph from converters.export_onnx")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the binary and its report")
-    parser.add_argument("--soc", required=True, help=f"one of {', '.join(hexagon.SOC_MODELS)}")
-    parser.add_argument("--run", type=int, default=0, metavar="N", help="samples to run on the simulator (default 0)")
-    parser.add_argument("--inputs", type=Path, help="inputs of the samples (default: NAME.inputs.npz beside the graph)")
-    parser.add_argument("--reference", type=Path, help="the float32 graph that a quantised one was made of")
-    parser.add_argument("--traffic", action="store_true", help="report the DRAM bytes of a call (compiles twice)")
-    parser.add_argument(
-        "--max-dram-mb", type=float, metavar="MB", help="fail when a call reads more from DRAM (implies --traffic)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--onnx", type=Path, nargs="+", required=True, help="graphs from converters.export_onnx or converters.quantize")
+    add("--output", type=Path, required=True, help="folder for the binaries and their reports")
+    add("--soc", nargs="+", required=True, help=f"chips, of {', '.join(hexagon.SOC_MODELS)}")
+    add("--run", type=int, default=0, metavar="N", help="samples to run on the simulator (default 0)")
+    add("--inputs", type=Path, nargs="+", help="inputs of the samples (default: NAME.inputs.npz beside each graph)")
+    add("--reference", type=Path, nargs="+", help="the float32 graphs that quantised ones were made of")
+    add("--share", action="store_true", help="also compile all graphs to one binary with common weights; it is not run")
+    add("--traffic", action="store_true", help="report the DRAM bytes of a call (compiles twice)")
+    add("--max-dram-mb", type=float, metavar="MB", help="fail when a call reads more from DRAM (implies --traffic)")
+    add(
         "--min-snr",
         type=float,
         metavar="DB",
         help="fail below this (default " + ", ".join(f"{name}: {limit:g}" for name, limit in MIN_SNR_DB.items()) + ")",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("inputs", "reference"):
+        given = getattr(args, name)
+        if given is not None and len(given) != len(args.onnx):
+            parser.error(f"--{name} has {len(given)} entries and --onnx {len(args.onnx)}: give one for every graph")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.run < 0:
         raise UserError(f"--run {args.run} is negative")
+    for soc in args.soc:
+        hexagon.soc_model(soc)
+    missing, found = [None] * len(args.onnx), []
+    for soc in args.soc:
+        separate = []
+        for onnx, inputs, reference in zip(args.onnx, args.inputs or missing, args.reference or missing, strict=True):
+            report, problems = _compile_one(args, onnx, soc, inputs, reference)
+            separate.append(report["binary_bytes"])
+            found += problems
+        if args.share:
+            report = compile_shared(args.onnx, args.output, soc)
+            print(
+                f"compiled {len(args.onnx)} graphs for {soc} to one binary {_cost(report)}, where their own have "
+                f"{sum(separate) / 1e6:.1f} MB; not run, since none of several graphs loads on x86: "
+                f"{args.output / f'{args.onnx[0].stem}_{soc}_shared'}.onnx"
+            )
+    if found:
+        raise UserError(f"{'; '.join(found)} (report in {args.output})")
+    return 0
+
+
+def _compile_one(
+    args: argparse.Namespace, onnx: Path, soc: str, inputs: Path | None, reference: Path | None
+) -> tuple[dict[str, Any], list[str]]:
+    """A graph's report, which it prints if nothing is wrong with it, and what is."""
     budget = math.inf if args.max_dram_mb is None else args.max_dram_mb * 1e6
     traffic = args.traffic or args.max_dram_mb is not None
-    report = compile_graph(args.onnx, args.output, args.soc, args.run, args.inputs, args.reference, traffic)
+    report = compile_graph(onnx, args.output, soc, args.run, inputs, reference, traffic)
     limit = MIN_SNR_DB[report["precision"]] if args.min_snr is None else args.min_snr
     found = faults(report, limit, budget)
     if found:
-        raise UserError(f"{args.onnx.name} for {args.soc}: {'; '.join(found)} (report in {args.output})")
+        return report, [f"{onnx.name} for {soc}: {fault}" for fault in found]
     measured = ""
     if traffic:
         measured += f", {report['traffic']['dram_read_bytes'] / 1e6:.0f} MB read from DRAM a call"
@@ -169,12 +273,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         lowest = sorted(snr, key=snr.get)[:3]
         measured += ", simulator " + ", ".join(f"{name} {snr[name]:.1f} dB" for name in lowest)
         measured += f" and {len(snr) - 3} outputs above" if len(snr) > 3 else ""
-    print(
-        f"compiled {args.onnx.name} for {args.soc} in {report['compile_seconds']:.0f} s with "
-        f"{report['compile_peak_bytes'] / 1e9:.1f} GB: {report['binary_bytes'] / 1e6:.1f} MB{measured}: "
-        f"{args.output / f'{args.onnx.stem}_{args.soc}'}.onnx"
+    print(f"compiled {onnx.name} for {soc} {_cost(report)}{measured}: {args.output / f'{onnx.stem}_{soc}'}.onnx")
+    return report, []
+
+
+def _cost(report: dict[str, Any]) -> str:
+    return (
+        f"in {report['compile_seconds']:.0f} s with {report['compile_peak_bytes'] / 1e9:.1f} GB: "
+        f"{report['binary_bytes'] / 1e6:.1f} MB"
     )
-    return 0
 
 
 if __name__ == "__main__":

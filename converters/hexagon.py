@@ -6,6 +6,7 @@ A child that dies is reported with its signal, and its peak memory is its own.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ import numpy as np
 
 from converters import schematic
 from converters.packages import need
+from converters.peak_memory import peak_bytes
 from nd_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,6 +54,17 @@ class Binary:
     cpu_seconds: float
     peak_bytes: int
     traffic: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedBinary:
+    """Several graphs in one binary, see `compile_shared`. Fields as those of `Binary`, one wrapper a graph."""
+
+    wrappers: tuple[Path, ...]
+    bytes: int
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,24 +107,59 @@ def compile_binary(onnx_path: Path, wrapper: Path, soc: str, traffic: bool = Fal
     Raises:
       UserError: unknown chip, missing package, an operator that the HTP does not take, a compiler that died.
     """
+    size, cost = _compiled([onnx_path], [wrapper], soc)
+    return Binary(wrapper, size, *cost, planned_traffic(onnx_path, soc) if traffic else None)
+
+
+def planned_traffic(onnx_path: Path, soc: str) -> dict[str, Any]:
+    """Bytes of a call by the compiler's own plan (`converters.schematic`); the binary is not kept.
+
+    Raises:
+      UserError: as `compile_binary`.
+    """
     require_compiler()
+    with tempfile.TemporaryDirectory() as scratch:
+        request = _compile_request([onnx_path], [Path(scratch) / onnx_path.name], soc)
+        return _in_child({**request, "trace": True}, f"{onnx_path.name} for {soc}")["traffic"]
+
+
+def compile_shared(onnx_paths: Sequence[Path], wrappers: Sequence[Path], soc: str) -> SharedBinary:
+    """Compiles several graphs into one binary that holds weights which they have in common once.
+
+    Weights are shared when their bytes are equal; whatever names they have. The binary is named by the first wrapper,
+    and all wrappers refer to it. onnxruntime-qnn 2.7 crashes (SIGSEGV) when it loads such a binary on x86, so that
+    none of it runs on the simulator.
+
+    Args:
+      onnx_paths: the graphs; external data beside them.
+      wrappers: the ONNX files to write, one a graph, in one folder.
+      soc: a name of `SOC_MODELS`.
+
+    Raises:
+      UserError: as `compile_binary`.
+    """
+    size, cost = _compiled(onnx_paths, wrappers, soc)
+    return SharedBinary(tuple(wrappers), size, *cost)
+
+
+def _compile_request(onnx_paths: Sequence[Path], wrappers: Sequence[Path], soc: str) -> dict[str, Any]:
     # Absolute paths: the child works in a folder of its own.
-    paths = {"onnx": str(onnx_path.resolve()), "wrapper": str(wrapper.resolve())}
-    request = {"action": "compile", **paths, "soc_model": soc_model(soc), "trace": False}
-    answer = _in_child(request, f"{onnx_path.name} for {soc}")
-    binaries = [path for path in wrapper.parent.glob("*.bin") if path.name.startswith(wrapper.stem)]
+    pairs = [[str(onnx.resolve()), str(wrapper.resolve())] for onnx, wrapper in zip(onnx_paths, wrappers, strict=True)]
+    return {"action": "compile", "graphs": pairs, "soc_model": soc_model(soc), "trace": False}
+
+
+def _compiled(onnx_paths: Sequence[Path], wrappers: Sequence[Path], soc: str) -> tuple[int, tuple[float, float, int]]:
+    """(bytes of the binary, (seconds, CPU seconds, peak memory))."""
+    require_compiler()
+    what = f"{', '.join(path.name for path in onnx_paths)} for {soc}"
+    answer = _in_child(_compile_request(onnx_paths, wrappers, soc), what)
+    binaries = [path for path in wrappers[0].parent.glob("*.bin") if path.name.startswith(wrappers[0].stem)]
     if len(binaries) != 1:
         raise UserError(
-            f"{onnx_path.name} for {soc}: the compiler wrote {len(binaries)} binaries instead of 1; "
-            "run the graph through converters.onnx_lint"
+            f"{what}: the compiler wrote {len(binaries)} binaries instead of 1; run the graph through "
+            "converters.onnx_lint"
         )
-    moved = None
-    if traffic:
-        with tempfile.TemporaryDirectory() as scratch:
-            traced = {"wrapper": str(Path(scratch) / wrapper.name), "trace": True}
-            moved = _in_child({**request, **traced}, f"{onnx_path.name} for {soc}")["traffic"]
-    cost = (answer["seconds"], answer["cpu_seconds"], answer["peak_bytes"])
-    return Binary(wrapper, binaries[0].stat().st_size, *cost, moved)
+    return binaries[0].stat().st_size, (answer["seconds"], answer["cpu_seconds"], answer["peak_bytes"])
 
 
 def run_on_simulator(wrapper: Path, soc: str, samples: list[dict[str, np.ndarray]]) -> SimulatorRun:
@@ -191,7 +240,7 @@ def _session(
     import onnxruntime as ort
     import onnxruntime_qnn
 
-    ort.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+    _register_provider()
     devices = [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
     options = ort.SessionOptions()
     options.log_severity_level = 2
@@ -208,15 +257,25 @@ def _session(
     return ort.InferenceSession(path, options)
 
 
+@functools.cache
+def _register_provider() -> None:
+    import onnxruntime as ort
+    import onnxruntime_qnn
+
+    ort.register_execution_provider_library(PROVIDER, onnxruntime_qnn.get_library_path())
+
+
 def _compile(request: dict[str, Any]) -> dict[str, Any]:
     start, start_cpu = time.perf_counter(), time.process_time()
-    entries = {
-        "ep.context_enable": "1",
-        "ep.context_file_path": request["wrapper"],
-        "ep.context_embed_mode": "0",
-    }
     trace = {"profiling_level": "optrace", "profiling_file_path": "trace.csv"} if request["trace"] else {}
-    _session(request["onnx"], request["soc_model"], entries, trace)
+    graphs = request["graphs"]
+    for number, (onnx, wrapper) in enumerate(graphs, 1):
+        entries = {"ep.context_enable": "1", "ep.context_file_path": wrapper, "ep.context_embed_mode": "0"}
+        if len(graphs) > 1:
+            entries["ep.share_ep_contexts"] = "1"
+            # With the last graph the binary of all of them is written.
+            entries["ep.stop_share_ep_contexts"] = str(int(number == len(graphs)))
+        _session(onnx, request["soc_model"], entries, trace)
     answer = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - start_cpu}
     if trace:
         schematics = sorted(Path().glob("*_schematic.bin"))  # in the working directory
@@ -239,16 +298,10 @@ def _run(request: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def _peak_bytes() -> int:
-    """Largest resident memory of this process. `getrusage` would count the parent's, from before the exec."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
-
-
 def _child(request_file: str) -> None:
     request = json.loads(Path(request_file).read_text())
     answer = {"compile": _compile, "run": _run}[request["action"]](request)
-    answer["peak_bytes"] = _peak_bytes()
+    answer["peak_bytes"] = peak_bytes()
     Path(request["answer"]).write_text(json.dumps(answer))
 
 

@@ -114,6 +114,85 @@ def test_missing_package_and_wrong_platform(exported, tmp_path, monkeypatch):
         compile_hexagon.compile_graph(exported, tmp_path, "8-elite")
 
 
+# --- several graphs in one binary -------------------------------------------------------------------------------------
+
+
+def _products(path, rows, seed=0):
+    """y = (x W) V with weights of 256 x 256 and `rows` rows: another graph on the same weights for every number."""
+    rng = np.random.default_rng(seed)
+    info = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, 256])
+    weights = [
+        onnx.numpy_helper.from_array((rng.standard_normal((256, 256)) / 16).astype(np.float32), name)
+        for name in ("w", "v")
+    ]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["r"], name="layer/first"),
+        helper.make_node("MatMul", ["r", "v"], ["y"], name="layer/second"),
+    ]
+    graph = helper.make_graph(nodes, "graph", [info("x")], [info("y")], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11), str(path))
+    np.savez(path.with_suffix(".inputs.npz"), x=rng.standard_normal((1, rows, 256)).astype(np.float32))
+    return path
+
+
+def test_shared_binary_holds_common_weights_once(tmp_path):
+    paths = [_products(tmp_path / f"{name}.onnx", rows) for name, rows in (("small", 8), ("large", 64))]
+    separate = [compile_hexagon.compile_graph(path, tmp_path / "out", "8-elite") for path in paths]
+    report = compile_hexagon.compile_shared(paths, tmp_path / "out", "8-elite")
+    weights = 2 * 256 * 256
+    assert report["weight_bytes"] == {"separate": 2 * 4 * weights, "together": 4 * weights}
+    fp16 = 2 * weights
+    assert min(one["binary_bytes"] for one in separate) > fp16
+    assert fp16 < report["binary_bytes"] < 1.5 * fp16 < sum(one["binary_bytes"] for one in separate)
+    assert report["ran"] is False and report["precision"] == "fp16" and report["onnx"] == ["small.onnx", "large.onnx"]
+    assert json.loads((tmp_path / "out" / "small_8-elite_shared.json").read_text()) == report
+    # Both wrappers are there, and refer to the one binary.
+    binary = tmp_path / "out" / "small_8-elite_shared_qnn.bin"
+    assert binary.stat().st_size == report["binary_bytes"]
+    for name in ("small", "large"):
+        (node,) = onnx.load(str(tmp_path / "out" / f"{name}_8-elite_shared.onnx")).graph.node
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        assert node.op_type == "EPContext" and attributes["ep_cache_context"] == binary.name.encode()
+    assert not (tmp_path / "out" / "large_8-elite_shared_qnn.bin").exists()
+
+
+def test_graphs_without_common_weights_are_refused(exported, tmp_path):
+    one, other = _products(tmp_path / "one.onnx", 8), _products(tmp_path / "other.onnx", 16, seed=1)
+    with pytest.raises(UserError, match=r"one\.onnx, other\.onnx: 100% of their weights differ.*--rounding nearest"):
+        compile_hexagon.compile_shared([one, other], tmp_path / "out", "8-elite")
+    for paths in ([one], [one, tmp_path / "elsewhere" / "one.onnx"]):
+        with pytest.raises(UserError, match="give at least two, of different names"):
+            compile_hexagon.compile_shared(paths, tmp_path / "out", "8-elite")
+    quantised = tmp_path / "w8a16.onnx"
+    model = onnx.load(str(one))
+    model.graph.node[0].op_type = "DequantizeLinear"
+    onnx.save(model, str(quantised))
+    with pytest.raises(UserError, match=r"w8a16\.onnx is quantised and one\.onnx is not"):
+        compile_hexagon.compile_shared([one, quantised], tmp_path / "out", "8-elite")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_takes_several_graphs_and_chips(tmp_path, capsys):
+    paths = [_products(tmp_path / f"{name}.onnx", rows) for name, rows in (("small", 8), ("large", 64))]
+    command = ["--onnx", *map(str, paths), "--output", str(tmp_path / "out"), "--soc", "8-elite", "8-gen-3"]
+    assert run_command(lambda: compile_hexagon.main([*command, "--share", "--run", "1", "--min-snr", "40"])) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("simulator y") == 4 and shown.count("to one binary") == 2 and shown.count("not run") == 2
+    for chip in ("8-elite", "8-gen-3"):
+        for name in ("small", "large"):
+            report = json.loads((tmp_path / "out" / f"{name}_{chip}.json").read_text())
+            assert report["simulator"]["snr_db"]["y"] > 40
+        assert (tmp_path / "out" / f"small_{chip}_shared_qnn.bin").exists()
+    assert run_command(lambda: compile_hexagon.main([*command, "--run", "1", "--min-snr", "200"])) == 1
+    error = capsys.readouterr().err
+    assert "small.onnx for 8-elite: y has" in error and "large.onnx for 8-gen-3: y has" in error
+    with pytest.raises(SystemExit):
+        compile_hexagon.parse([*command, "--reference", "one.onnx"])
+    assert "--reference has 1 entries and --onnx 2" in capsys.readouterr().err
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
 IDS = np.zeros((2, 1, LENGTH), np.int32)
 
 
