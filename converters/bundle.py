@@ -11,10 +11,12 @@
 
 The mode and all sizes are those of generation.json. With --precision w8a16 the graphs that have a plan for that
 (converters/precision_plan.py) are quantised on samples of `experiments.generate --capture`; the others stay float32,
-which is compiled to FP16. The folder appears when it is complete.
+which is compiled to FP16. With --chunk N the transformer's stages are several graphs of N blocks, whose weights one
+binary can share (`compile_hexagon --share`). The folder appears when it is complete.
 """
 
 import argparse
+import dataclasses
 import shutil
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from converters import export_onnx, graph_sizes, graphs, quantize
+from converters import chain, export_onnx, graph_sizes, graphs, onnx_check, quantize
 from converters.bundle_manifest import HOST, MANIFEST, TEXT_GRAPHS, graph_names, manifest, stage_arrays
 from converters.first_frame_graph import CONDITIONING_PARAMS
 from converters.graph import TRANSFORMER, Graph, GraphOptions
@@ -54,6 +56,7 @@ def write_bundle(
     allow_overflow: bool = False,
     residual_scale: str = "auto",
     calibration: str | Path | None = None,
+    chunk: int | None = None,
 ) -> dict[str, Any]:
     """Exports all graphs of a model folder's mode, and writes what goes with them.
 
@@ -63,6 +66,7 @@ def write_bundle(
       allow_overflow: as of `export_onnx.export_graph`, for every graph.
       residual_scale: of T5, see `converters.residual_scale`.
       calibration: folder of `experiments.generate --capture`; with it graphs that have a plan become W8A16.
+      chunk: blocks of a graph of the transformer; None for all of them.
 
     Returns:
       `model.json`.
@@ -85,6 +89,7 @@ def write_bundle(
     if enlarges:
         open_super_resolution(model_dir)
     names = graph_names(model, first, enlarges)
+    blocks = [] if chunk is None else chain.block_ranges(model.transformer.num_layers, chunk)
     calibration = None if calibration is None else Path(calibration)
     for name in names if calibration else ():
         if name in PLANS and not (calibration / name).is_dir():
@@ -98,7 +103,7 @@ def write_bundle(
         **graph_sizes.folder_sizes(model_dir),
     )
     with replacing_folder(output, MANIFEST) as folder, stages(len(names) + 1) as begin:
-        reports, arrays = _export(model, names, options, folder / "graphs", allow_overflow, calibration, begin)
+        reports, arrays = _export(model, names, options, blocks, folder / "graphs", allow_overflow, calibration, begin)
         begin("host")
         entry = manifest(model, first, reports)
         for tokenizer in entry["tokenizers"].values():
@@ -127,6 +132,7 @@ def _export(
     model: ModelFolder,
     names: Sequence[str],
     options: GraphOptions,
+    blocks: Sequence[tuple[int, int]],
     folder: Path,
     allow_overflow: bool,
     calibration: Path | None,
@@ -137,23 +143,38 @@ def _export(
     for name in names:
         begin(name)
         loaded = load_components(model, name, loaded)
-        graph = build_graph(name, loaded, options)
-        if calibration is None or name not in PLANS:
-            reports[name] = export_onnx.export_loaded(graph, folder, allow_overflow=allow_overflow)
-        else:
-            reports[name] = _export_quantised(graph, folder, calibration / name)
+        parts = blocks if TRANSFORMER in loaded and len(blocks) > 1 else [None]
+        with tempfile.TemporaryDirectory() as scratch:
+            samples = calibration and calibration / name
+            for number, part in enumerate(parts):
+                graph = build_graph(name, loaded, dataclasses.replace(options, blocks=part))
+                if calibration is None or name not in PLANS:
+                    reports[graph.name] = export_onnx.export_loaded(graph, folder, allow_overflow=allow_overflow)
+                    continue
+                following = Path(scratch) / str(number) if part and part != parts[-1] else None
+                reports[graph.name] = _export_quantised(graph, folder, samples, following)
+                samples = following
         arrays |= host_weights(loaded)
     return reports, arrays
 
 
-def _export_quantised(graph: Graph, folder: Path, samples: Path) -> dict[str, Any]:
-    """The report of the export, with that of the quantisation under "quantised"."""
+def _export_quantised(graph: Graph, folder: Path, samples: Path, following: Path | None = None) -> dict[str, Any]:
+    """The report of the export, with that of the quantisation under "quantised".
+
+    `following` is a folder to make, for samples of the part behind this one: what the float graph gives for these.
+    """
     # What FP16 cannot hold is no fault of a graph of integers; the float one is here for a moment only.
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         report = export_onnx.export_loaded(graph, Path(scratch), allow_overflow=True, samples=samples)
         path = Path(scratch) / f"{graph.name}.onnx"
         quantised = quantize.quantize_graph(path, samples, folder / path.name)
         shutil.copy(path.with_suffix(".inputs.npz"), folder)
+        if following is not None:
+            following.mkdir()
+            for file in sample_files(samples):
+                arrays = read_arrays(file)
+                (outputs,) = onnx_check.run_on_cpu(path, [{spec.name: arrays[spec.name] for spec in graph.inputs}])
+                np.savez(following / file.name, **arrays | chain.passed_on(outputs))
     return report | {"quantised": quantised}
 
 
@@ -212,6 +233,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--calibration", type=Path, metavar="DIR", help="samples of experiments.generate --capture, for w8a16"
     )
+    parser.add_argument("--chunk", type=int, metavar="N", help="blocks of a graph of the transformer (default all)")
     args = parser.parse_args(argv)
     if (args.precision == "w8a16") != (args.calibration is not None):
         parser.error("--precision w8a16 and --calibration DIR go together")
@@ -221,7 +243,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
     args = parse(argv)
-    entry = write_bundle(args.model, args.output, args.allow_overflow, args.residual_scale, args.calibration)
+    entry = write_bundle(
+        args.model, args.output, args.allow_overflow, args.residual_scale, args.calibration, args.chunk
+    )
     size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
     quantised = sum(graph["precision"] == "w8a16" for graph in entry["graphs"].values())
     print(

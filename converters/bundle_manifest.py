@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.chain import parts_of
 from nd_jax.errors import UserError
 from nd_jax.generate import first_frame as first_frame_module
 from nd_jax.generate import lcm
@@ -88,7 +89,11 @@ def manifest(
         "version": VERSION,
         "mode": model.mode,
         "graphs": {name: graph_entry(name, report) for name, report in reports.items()},
-        "calls": [{"graph": name, "when": when, "what": what} for name, when, what in CALLS if name in reports],
+        "calls": [
+            {"graph": name, "when": when, "what": what}
+            for name, when, what in CALLS
+            if name in reports or parts_of(name, reports)
+        ],
         "text_graph": text_graph(model),
         "tokenizers": tokenizer_entries(model, first),
         "prompt_modifier": settings.prompt_modifier,

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from converters import hexagon, qdq
+from converters import chain, hexagon, qdq
 from converters.bundle_host import Arrays, Noise, OpenGraph, make_frames
 from converters.bundle_manifest import bundle_path, read_manifest
 from converters.output_files import write_json
@@ -176,7 +176,7 @@ def bundle_frames(
         file.close()
     picture = None if image is None else read_picture(image)
     with tempfile.TemporaryDirectory() as scratch:
-        opener = graph_opener(bundle, model, soc, Path(scratch))
+        opener = chain.opener(graph_opener(bundle, model, soc, Path(scratch)), model["graphs"])
         try:
             return list(make_frames(model, arrays, tokenizers, opener, prompt, draw_noise(model, seed), picture))
         except (KeyError, IndexError) as error:

@@ -12,6 +12,7 @@ from PIL import Image
 from converters import bundle, bundle_host, bundle_manifest, export_onnx, graph_sizes, graphs, run_hexagon
 from converters.first_frame_graph import unet_conditioning
 from converters.graph import GraphOptions
+from converters.samples import read_sample
 from experiments.random_model import random_params, write_random_model
 from nd_jax.errors import UserError, run_command
 from nd_jax.generate import lcm
@@ -274,3 +275,32 @@ def test_calibration_of_another_model(hybrid, tmp_path):
     for more in (["--precision", "w8a16"], ["--calibration", str(tmp_path)]):
         with pytest.raises(SystemExit):
             bundle.parse(["--model", str(hybrid), "--output", str(tmp_path), *more])
+
+
+def test_a_transformer_in_parts(hybrid, tmp_path):
+    """One block a graph, in both precisions; the whole is in no file."""
+    bundle.write_bundle(hybrid / "model", tmp_path / "parts", chunk=1)
+    model = json.loads((tmp_path / "parts" / "model.json").read_text())
+    parts = [name for name in model["graphs"] if name.startswith("mmdit")]
+    assert parts == [f"mmdit_stage{stage}_blocks{k}-{k + 1}" for stage in range(3) for k in range(len(parts) // 3)]
+    assert len(parts) > 3 and "mmdit_stage0" in [call["graph"] for call in model["calls"]]
+    frames = run_hexagon.bundle_frames(tmp_path / "parts", PROMPT, 3, hybrid / "first.png")
+    whole = run_hexagon.bundle_frames(hybrid / "bundle", PROMPT, 3, hybrid / "first.png")
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(frames, whole, strict=True))
+
+
+def test_a_quantised_part_makes_the_samples_of_the_next(hybrid, tmp_path):
+    model, part = open_model(hybrid / "model"), {}
+    components = bundle.load_components(model, "mmdit_stage0", {})
+    options = GraphOptions(**graph_sizes.folder_sizes(hybrid / "model"))
+    for k in range(2):
+        part[k] = bundle.build_graph("mmdit_stage0", components, dataclasses.replace(options, blocks=(k, k + 1)))
+    sample, samples = part[0].sample(np.random.default_rng(0)), tmp_path / "samples"
+    samples.mkdir()
+    np.savez(samples / "0.npz", **sample)
+    report = bundle._export_quantised(part[0], tmp_path / "graphs", samples, tmp_path / "next")
+    assert report["quantised"]["precision"] == "w8a16"
+    following = read_sample(tmp_path / "next" / "0.npz", list(part[1].inputs))
+    expected = part[0].reference(*(sample[spec.name] for spec in part[0].inputs))
+    for spec, array in zip(part[0].outputs, expected, strict=True):
+        np.testing.assert_allclose(following[spec.name.removesuffix("_out")], array, atol=1e-4)
