@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.byte_progress import byte_progress
+from converters.peak_memory import peak_bytes
 from nd_jax.errors import UserError, run_command
 from nd_jax.files import write_text
 from nd_jax.train.deployed import load_deployed
@@ -112,7 +113,7 @@ def _write(
             raise UserError(f"{output / name}: cannot be written ({error}); free space or check permissions") from error
     for key in ("parameters", "bytes"):
         report[key] = sum(entry[key] for entry in report["components"].values())
-    report["seconds"] = time.perf_counter() - begin
+    report |= {"seconds": time.perf_counter() - begin, "peak_bytes": peak_bytes()}
     write_text(output / REPORT, json.dumps(report, indent=1) + "\n")
     return report
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from converters.byte_progress import byte_progress
+from converters.peak_memory import peak_bytes
 from converters.torch_files import SUFFIXES, open_any_source
 from nd_jax.errors import UserError, run_command
 from nd_jax.files import write_text
@@ -128,8 +129,9 @@ def load(plan: Plan, on_bytes) -> Component:
     """Reads one planned component, in the dtypes of its source, with provenance."""
     network, config, _ = read_config(plan.config, plan.network)
     with contextlib.closing(open_any_source(plan.weights)) as source:
-        params = load_params(network, config, source, str(plan.weights), on_bytes=on_bytes)
+        # Before the parameters: comparing the constant buffers takes memory of its own.
         origin = read_origin(network, config, plan.config, source, str(plan.weights))
+        params = load_params(network, config, source, str(plan.weights), on_bytes=on_bytes)
     return Component(network, config, params, dataclasses.replace(origin, sha256=plan.sha256()))
 
 
@@ -164,6 +166,7 @@ def import_torch(
         "parameters": sum(entry["parameters"] for entry in entries.values()),
         "bytes": sum(entry["bytes"] for entry in entries.values()),
         "seconds": time.perf_counter() - begin,
+        "peak_bytes": peak_bytes(),
     }
     write_text(output / REPORT, json.dumps(report, indent=1) + "\n")
     return report

@@ -44,6 +44,10 @@ def value_extremes(onnx_path: Path, samples: Iterable[Sample]) -> dict[str, tupl
 
     The graph computes them itself, so that no more values are alive than in a plain run. It is written next to the
     original for a moment, where it finds the external data.
+
+    onnxruntime orders nodes by a depth-first search from the ends of the graph, of which it takes the last one first:
+    with the ends listed from the last value to the first, each value is reduced as soon as it is there. In the other
+    order all values of the graph would be alive at once.
     """
     import onnx
 
@@ -52,12 +56,14 @@ def value_extremes(onnx_path: Path, samples: Iterable[Sample]) -> dict[str, tupl
     values = (*graph.input, *graph.value_info, *graph.output)
     constants = {tensor.name for tensor in graph.initializer}
     names = [v.name for v in values if v.type.tensor_type.elem_type == float32 and v.name not in constants]
-    names = list(dict.fromkeys(names))
+    made = {name: i for i, node in enumerate(graph.node) for name in node.output}
+    names = sorted(dict.fromkeys(names), key=lambda name: made.get(name, -1))
     del graph.output[:]
+    ends = {name: [(op, f"{op}:{name}") for op in ("ReduceMin", "ReduceMax")] for name in names}
+    for name in reversed(names):
+        graph.node.extend(onnx.helper.make_node(op, [name], [end], keepdims=0) for op, end in ends[name])
     for name in names:
-        for op in ("ReduceMin", "ReduceMax"):
-            graph.node.append(onnx.helper.make_node(op, [name], [f"{op}:{name}"], keepdims=0))
-            graph.output.append(onnx.helper.make_tensor_value_info(f"{op}:{name}", float32, []))
+        graph.output.extend(onnx.helper.make_tensor_value_info(end, float32, []) for _, end in ends[name])
     extremes = {name: (math.inf, -math.inf) for name in names}
     reduced = onnx_path.with_name(f".{onnx_path.stem}.extremes.onnx")
     try:

@@ -17,6 +17,7 @@ DISTRIBUTIONS = {
     "onnxruntime_qnn": "onnxruntime-qnn",
     "torch": "torch",
     "diffusers": "diffusers",
+    "qai_hub": "qai-hub",
 }
 
 

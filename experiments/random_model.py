@@ -5,9 +5,9 @@
 
 `full` has the released sizes of Neodragon (DistilT5 and ContextAdapter, both CLIPs, 18 blocks, the asymmetric VAE, and
 SSD-1B with its CLIPs and image autoencoder), 4.9 billion parameters, in bfloat16, and QuickSRNet's medium network,
-which the released folder does not have. `tiny` is of the same kinds with some ten thousand, `tiny-teacher` of
-Pyramid-Flow's kinds (T5, context embedder, native decoder; no first frame, no super-resolution). The tokenizers are
-small ones, built from the toy world's captions.
+which the released folder does not have. `teacher` has those of Pyramid-Flow (T5 v1.1 XXL, 24 blocks with a context
+embedder, native decoder; no first frame, no super-resolution), 7.9 billion parameters. `tiny` and `tiny-teacher` are of
+the same kinds with some ten thousand. The tokenizers are small ones, built from the toy world's captions.
 """
 
 import argparse
@@ -25,8 +25,9 @@ from nd_jax.errors import run_command
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 FIRST_FRAME_TOKENIZERS = ("ssd_1b_tokenizer", "ssd_1b_tokenizer_2")
-SIZES = ("full", "tiny", "tiny-teacher")
+SIZES = ("full", "teacher", "tiny", "tiny-teacher")
 VOCABULARY = 128
+RUN_VALUES = 1 << 22  # drawn in float32 at a time
 
 
 def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, Any]]:
@@ -36,14 +37,18 @@ def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, 
     from nd_jax.models.context_adapter import ContextAdapterConfig
     from nd_jax.models.mmdit import MMDiTConfig
     from nd_jax.models.quicksrnet import QuickSRNetConfig, variant_config
-    from nd_jax.models.t5 import DistilT5Config, T5Config
+    from nd_jax.models.t5 import T5_XXL, DistilT5Config, T5Config
     from nd_jax.models.unet import UNetConfig
     from nd_jax.models.video_vae import AsymmetricVideoVAEConfig, CausalVideoVAEConfig
     from nd_jax.weights import mmdit, networks, vae
 
-    if size == "full":
+    teacher = size in ("teacher", "tiny-teacher")
+    if size in ("full", "teacher"):
         clips, t5, adapter = (CLIP_L, CLIP_G), DistilT5Config(), ContextAdapterConfig()
         transformer, video_vae, settings = MMDiTConfig(), AsymmetricVideoVAEConfig(), {}
+        if teacher:
+            t5, settings = DistilT5Config(T5_XXL), {"mode": "monolithic"}
+            transformer, video_vae = MMDiTConfig(num_layers=24, context_embedder=True), CausalVideoVAEConfig()
         unet, image_vae, large = UNetConfig(), AutoencoderKLConfig(), variant_config("medium", 2)
     else:
         clip = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=16, num_hidden_layers=2, eos_token_id=1)
@@ -60,7 +65,7 @@ def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, 
             caption_projection_dim=16,
             pooled_projection_dim=16,
             pos_embed_max_size=16,
-            context_embedder=size == "tiny-teacher",
+            context_embedder=teacher,
         )
         coder = dict(
             encoder_out_channels=4,
@@ -75,7 +80,7 @@ def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, 
             decoder_norm_num_groups=4,
         )
         tiny = AsymmetricVideoVAEConfig(**coder, decoder_num_features=(8,) * 4)
-        video_vae = CausalVideoVAEConfig(**coder, **decoder) if size == "tiny-teacher" else tiny
+        video_vae = CausalVideoVAEConfig(**coder, **decoder) if teacher else tiny
         unet = UNetConfig(
             block_out_channels=(8, 8),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -92,6 +97,8 @@ def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, 
         image_vae = AutoencoderKLConfig(block_out_channels=(8,) * 3, layers_per_block=1, norm_num_groups=4)
         large = QuickSRNetConfig(num_channels=8, num_intermediate_layers=1)
         settings = dict(height=64, width=64, video_frames=9, frame_rate=8, text_length=16)
+        if teacher:
+            settings |= dict(mode="monolithic", first_steps=[2, 1, 1], steps=[1, 1, 1], guidance=[3, 2])
     parts = {
         "text_encoder": (networks.CLIP_TEXT, clips[0]),
         "text_encoder_2": (networks.CLIP_TEXT, clips[1]),
@@ -105,8 +112,7 @@ def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, 
         "ssd_1b_vae": (networks.AUTOENCODER_KL, image_vae),
         "quicksrnet": (networks.QUICKSRNET, large),
     }
-    if size == "tiny-teacher":
-        settings |= dict(mode="monolithic", first_steps=[2, 1, 1], steps=[1, 1, 1], guidance=[3, 2])
+    if teacher:
         for name in [name for name in parts if name.startswith(("ssd_1b_", "quicksrnet"))]:
             del parts[name]
         del parts["context_adapter"], parts["diffusion_transformer_320p"]
@@ -123,15 +129,19 @@ def random_params(network: Any, config: Any, rng: np.random.Generator, dtype: An
     from nd_jax.weights.networks import abstract_params
 
     def leaf(path: tuple, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-        name, noise = path[-1].key, rng.standard_normal(spec.shape, np.float32)
+        name, values, size = path[-1].key, np.empty(spec.shape, dtype), 0.1
         if name == "kernel":
             # Dense kernels may be stacked; those of convolutions are not.
-            noise *= (spec.shape[-2] if len(spec.shape) < 4 else math.prod(spec.shape[:-1])) ** -0.5
-        else:
-            noise *= 0.1
-        if name == "scale":
-            noise += 1
-        return noise.astype(dtype)
+            size = (spec.shape[-2] if len(spec.shape) < 4 else math.prod(spec.shape[:-1])) ** -0.5
+        flat = values.reshape(-1)
+        # A few at a time: the stacked kernels of T5 XXL alone would need 8 GB in float32.
+        for start in range(0, flat.size, RUN_VALUES):
+            noise = rng.standard_normal(min(RUN_VALUES, flat.size - start), np.float32)
+            noise *= size
+            if name == "scale":
+                noise += 1
+            flat[start : start + RUN_VALUES] = noise
+        return values
 
     return jax.tree_util.tree_map_with_path(leaf, abstract_params(network, config))
 
@@ -175,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the model folder")
-    parser.add_argument("--size", choices=SIZES, default="full", help="full is 10 GB on disk (default full)")
+    parser.add_argument("--size", choices=SIZES, default="full", help="full: 10 GB, teacher: 16 GB (default full)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     args = parser.parse_args(argv)
     counts = write_random_model(args.output, args.size, args.seed)

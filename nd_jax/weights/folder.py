@@ -130,8 +130,9 @@ def load_component(
     folder = Path(folder)
     network, config, _ = read_config(folder, network)
     with contextlib.closing(read_tensor_source(folder)) as source:
-        params = load_params(network, config, source, str(folder), dtype, on_bytes)
+        # Before the parameters: comparing the constant buffers takes memory of its own.
         origin = read_origin(network, config, folder / "config.json", source, str(folder))
+        params = load_params(network, config, source, str(folder), dtype, on_bytes)
     return Component(network, config, params, origin)
 
 

@@ -10,8 +10,9 @@ STORE/tokenizer*/            copied as they are
 import contextlib
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,11 @@ def load_stored(directory: Path, name: str, shardings: Any = None, dtype: Any = 
         if shardings is None
         else {p: ocp.ArrayRestoreArgs(sharding=s, dtype=dtype) for p, s in flatten(shardings).items()}
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, _LargestFirst({path.replace("/", "."): math.prod(shape) for path, shape in shapes.items()})),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as checkpointer:
         try:
             params = checkpointer.restore(
                 folder / "params", args=ocp.args.PyTreeRestore(restore_args=unflatten(leaf_args))
@@ -188,6 +193,26 @@ def load_stored(directory: Path, name: str, shardings: Any = None, dtype: Any = 
     if unlike:
         raise UserError(f"{folder}: parameters do not fit config.json: {listing(unlike)}; import the weights again")
     return Component(network, config, params, _origin(folder, entry))
+
+
+class _LargestFirst(ocp.type_handlers.NumpyHandler):
+    """Reads one parameter after another, the largest first.
+
+    While a parameter is read, TensorStore holds its file beside the array. Orbax reads all of them at once, which was
+    1.4 times the component; in this order the file of the largest parameter goes before the others come.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]):
+        """`sizes`: name of a parameter, with dots between the parts of its path -> number of values."""
+        super().__init__()
+        self._sizes = sizes
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[np.ndarray]:
+        args = args or [ocp.RestoreArgs()] * len(infos)
+        arrays: list[Any] = [None] * len(infos)
+        for i in sorted(range(len(infos)), key=lambda i: -self._sizes.get(infos[i].name, 0)):
+            (arrays[i],) = await super().deserialize([infos[i]], [args[i]])
+        return arrays
 
 
 def _origin(folder: Path, entry: Mapping[str, Any]) -> Origin | None:
