@@ -4,8 +4,9 @@
     python -m experiments.plan --config experiments/configs/teacher.py:full --topology v5e:4x4 --sweep
 
 Topologies are those of libtpu: v5e:4x4, v5p:2x2x4, v6e:4x4, tpu7x:2x2x1, ...; `cpu` stands for the devices of this
-process. The steps are the ones that `experiments.train` runs, with the same config, shardings and optimiser. Where the
-config names no folders, those of the released sizes are assumed (`plan_sizes`), and the output says so.
+process. The steps are the ones that `experiments.train` runs, with the same config, shardings and optimiser, and with
+the batch and mesh that its `--topology` sets where `topologies` has an entry. Where the config names no folders, those
+of the released sizes are assumed (`plan_sizes`), and the output says so.
 
 DIR/plan.json has everything, the terminal a table. The command exits with 0 when there is an answer, also when the
 answer is that the training does not fit ("fits": false); with 1 when the config, the mesh or the topology is wrong.
@@ -25,10 +26,11 @@ from typing import Any
 
 from converters.progress import stages
 from experiments.config_file import load_config, plain
+from experiments.topologies import topology_overrides
 from nd_jax.errors import UserError, first_line, run_command
-from nd_jax.files import write_text
+from nd_jax.files import replacing, write_text
 
-PLAN = "plan.json"
+PLAN, EXPORTED = "plan.json", ".stablehlo"
 CPU = "cpu"
 # Of the shortest possible time, what a well-tuned training reaches.
 UTILISATION = 0.4
@@ -194,6 +196,22 @@ def _next_microbatches(config: Mapping[str, Any], per_device: int) -> int | None
     return config["microbatches"] * larger[0] if larger else None
 
 
+def export_steps(
+    config: Mapping[str, Any], method: Any, row: Mapping[str, Any], chip: Any, devices: Sequence[Any], folder: Path
+) -> dict[str, Any]:
+    """Writes every step as it is before compilation, see `nd_jax.train.exported`; role -> file and bytes."""
+    from nd_jax.train import ahead, exported, sharding
+
+    mesh = sharding.make_mesh(config["mesh"], devices)
+    arguments, found = ahead.step_arguments(config, method, mesh, row), {}
+    for role in dict.fromkeys(method.schedule):
+        data = exported.export_step(role, arguments, mesh, ("tpu",) if chip else (CPU,))
+        with replacing(folder / f"{role}{EXPORTED}") as temporary:
+            temporary.write_bytes(data)
+        found[role] = {"file": f"{role}{EXPORTED}", "bytes": len(data)}
+    return found
+
+
 def mesh_shapes(devices: int, slices: int) -> list[dict[str, int]]:
     """All ways to split a number of devices into data, fsdp and tensor, the largest fsdp first."""
     shapes = []
@@ -265,7 +283,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.plan",
         description="Compile a config's train steps for a TPU topology and say what they cost; no TPU is needed.",
-        epilog="Any config value can be set with --config.KEY=VALUE, such as --config.mesh.fsdp=8.",
+        epilog="Any config value can be set with --config.KEY=VALUE, such as --config.microbatches=2.",
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE.py:VARIANT", help="experiments/configs/NAME.py:full")
@@ -273,17 +291,21 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--slices", type=int, default=1, help="slices of that topology, split along data (default 1)")
     parser.add_argument("--student-blocks", type=int, metavar="N", help="of a pruned student that the config lacks")
     parser.add_argument("--sweep", action="store_true", help="plan every mesh shape; one compilation each")
+    parser.add_argument("--export", action="store_true", help="also write the steps as StableHLO, DIR/ROLE.stablehlo")
     parser.add_argument("--output", type=Path, default=Path("runs/plan"), metavar="DIR", help="default runs/plan")
     args, overrides = parser.parse_known_args(argv)
     if args.slices < 1:
         parser.error("--slices: use 1 or more")
+    if args.sweep and args.export:
+        parser.error("--export goes with one mesh, not with --sweep")
     return args, overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
     args, overrides = parse(argv)
-    config = plain(load_config(args.config, overrides))
+    placed = topology_overrides(args.config, args.topology, args.slices)
+    config = plain(load_config(args.config, [*placed, *overrides]))
     os.environ.update(ENVIRONMENT)
     if args.topology != CPU:
         # The TPU compiler ends the process at a flag of another compiler; its own are in LIBTPU_INIT_ARGS.
@@ -298,13 +320,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, assumed = fill_folders(config, Path(folder), args.student_blocks)
         config = resolve_config(config)
         method, row = build_method(config), batch_row(config, Path(folder))
-        result = describe(args, config, method, assumed, chip, len(devices))
+        result = describe(args, config, method, assumed, chip, len(devices)) | {"topology_settings": placed}
         if args.sweep:
             result["sweep"] = sweep(config, method, row, chip, devices, args.slices)
         else:
             with stages(len(set(method.schedule))) as begin:
                 result["plan"] = plan_mesh(config, method, row, chip, devices, args.slices, begin)
-    args.output.mkdir(parents=True, exist_ok=True)
+        args.output.mkdir(parents=True, exist_ok=True)
+        if args.export:
+            result["exported"] = export_steps(config, method, row, chip, devices, args.output)
     write_text(args.output / PLAN, json.dumps(result, indent=1) + "\n")
     (print_sweep if args.sweep else print_plan)(result)
     print(closing_line(result, args.output))

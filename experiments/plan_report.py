@@ -22,6 +22,8 @@ def print_plan(result: Mapping[str, Any]) -> None:
     console.print(f"parameters: {millions}")
     if result["assumed_released_sizes"]:
         console.print(f"not in the config, so of the released sizes: {', '.join(result['assumed_released_sizes'])}")
+    placed = [setting.removeprefix("--config.") for setting in result["topology_settings"]]
+    console.print(f"of experiments/topologies.py: {', '.join(placed) or 'nothing, so the mesh of the config'}")
     if "error" in plan:
         console.print(plan["error"])
     if not plan["steps"]:

@@ -3,7 +3,8 @@
     python -m experiments.train --config experiments/configs/text_encoder.py:tiny --workdir runs/text_encoder \
         [--config.optimizer.learning_rate=1e-3 ...]
 
-The same command continues a run that was interrupted. Several processes: start the command once in each, with
+The same command continues a run that was interrupted. On a TPU slice, --topology v5e:4x4 sets batch and mesh of a full
+config; see docs/tpu.md. Several processes: start the command once in each, with
 --coordinator, --num-processes and --process-id (on Cloud TPU pods, --distributed alone finds them); see
 docs/distributed.md.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config_file import load_config, plain
+from experiments.topologies import training_overrides
 from nd_jax.errors import run_command
 
 
@@ -36,6 +38,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument(
         "--workdir", required=True, type=Path, help="checkpoints, metrics.jsonl and tensorboard/ go here"
     )
+    parser.add_argument(
+        "--topology", metavar="NAME", help="TPU slice, such as v5e:4x4: batch and mesh of experiments/topologies.py"
+    )
+    parser.add_argument("--slices", type=int, default=1, help="slices of that topology (default 1)")
     parser.add_argument("--distributed", action="store_true", help="several processes that find each other (TPU pods)")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, when they cannot find it")
     parser.add_argument("--num-processes", type=int, help="with --coordinator: how many processes run")
@@ -58,6 +64,8 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
     given = [args.coordinator, args.num_processes, args.process_id]
     if any(g is not None for g in given) and None in given:
         parser.error("--coordinator, --num-processes and --process-id go together")
+    if args.slices < 1 or (args.slices > 1 and args.topology is None):
+        parser.error("--slices: use 1 or more, with --topology")
     return args, overrides
 
 
@@ -81,7 +89,8 @@ def processes(args: argparse.Namespace) -> contextlib.AbstractContextManager[Non
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
     args, overrides = parse(argv)
-    config = plain(load_config(args.config, overrides))
+    placed = training_overrides(args.config, args.topology, args.slices)
+    config = plain(load_config(args.config, [*placed, *overrides]))
 
     from nd_jax.train.allocator import keep_freed_memory
 
@@ -111,9 +120,12 @@ def run(config: dict[str, Any], workdir: Path) -> None:
     from nd_jax.data.registry import build_data
     from nd_jax.distill.registry import build_method, resolve_config
     from nd_jax.files import write_text
+    from nd_jax.models.attention import check_attention
     from nd_jax.train.checkpoint import claim_workdir
     from nd_jax.train.loop import train
 
+    # Before anything is written or read.
+    check_attention(config.get("attention", ""))
     config = resolve_config(config)
     claim_workdir(workdir, config)
     if cache := cache_folder(workdir):

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -271,6 +272,19 @@ large = jax.ShapeDtypeStruct((1 << 34,), numpy.float32, sharding=sharding.batch_
 double = jax.jit(lambda state, frozen, batch: 2 * batch["x"])
 step = ahead.compile_step("role", ahead.StepArguments({}, {}, {"x": large}, {"role": double}), mesh)
 Path(output, "refused.json").write_text(json.dumps(plan.step_numbers(step, chip, 4)))
+
+from flax import linen as nn
+from nd_jax.models.attention import OrderedMask, splash_attention
+
+rows = lambda dtype, *head: jax.ShapeDtypeStruct((4, 408, *head), dtype, sharding=sharding.batch_sharding(mesh))
+
+def attend(x, last, groups):
+    with nn.logical_axis_rules(sharding.RULES):
+        return splash_attention(x, x, x, OrderedMask(last, groups)).astype("float32").sum()
+
+with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = jax.jit(jax.grad(attend)).lower(rows("bfloat16", 24, 64), rows("int32"), rows("int32"))
+Path(output, "kernel.txt").write_text(lowered.compile().as_text())
 slices = plan.topology_devices("v5e:2x2", 2)[1]
 hybrid = sharding.make_mesh({"data": 2, "fsdp": 4}, slices)
 assert [d.slice_index for d in hybrid.devices.flat] == [0] * 4 + [1] * 4
@@ -299,6 +313,10 @@ def test_a_plan_for_a_tpu(tmp_path):
     assert "--config.remat=True" in large["suggestion"]
     said = [line for line in ran.stdout.splitlines() if "numbers in" in line]
     assert said[0].startswith("fits 4 devices of v5e:2x2") and said[1].startswith("does not fit 4 devices of v5e:2x2")
+    # The attention kernel compiles, forward and backward, and every chip runs it for its own rows.
+    kernel = (tmp_path / "kernel.txt").read_text()
+    assert {"splash_mha_fwd", "splash_mha_dkv"} <= set(re.findall(r"splash_mha_[a-z]+", kernel))
+    assert "tpu_custom_call" in kernel and not re.search(r"all-(gather|reduce|to-all)|permute", kernel)
     # What the compiler refuses, it explains: 16 GiB a device come in, and as many go out.
     refused = json.loads((tmp_path / "refused.json").read_text())
     assert not refused["fits"] and refused["memory"] is None and "15.75G" in refused["error"]

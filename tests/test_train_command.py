@@ -95,6 +95,13 @@ def test_the_command_prints_one_line_and_exits_1(tmp_path):
     assert done.stderr == "error: unknown config key 'sed': did you mean 'seed'?\n"
 
 
+def test_a_kernel_for_other_devices_is_refused_before_anything_is_written(tmp_path):
+    config = plain(load_config("experiments/configs/teacher.py:tiny", ["--config.attention=splash"]))
+    with pytest.raises(UserError, match=r"kernel for TPUs .* \(cpu\): use --config.attention=xla"):
+        command.run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path):
     """A limit on the size of files stands in for the disk: writes fail with an OSError in both cases."""
     prompts = write_prompts(tmp_path / "prompts.txt")

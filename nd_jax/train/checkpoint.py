@@ -8,8 +8,9 @@ A checkpoint `WORKDIR/checkpoints/<steps done>/` has the items
     data        position of the data iterator
     meta        config, method, and source and hash of every frozen role (frozen weights are not saved)
 
-Saving is asynchronous and sharded: every process writes its own shards. A save that was cut short leaves a temporary
-folder that is never read. Restoring takes shardings, so that a run may continue on another mesh.
+Saving is asynchronous and sharded: every process writes its own shards, uncompressed, and flushes them to the disk. A
+save that was cut short leaves a temporary folder that is never read. Restoring takes shardings, so that a run may
+continue on another mesh.
 """
 
 import json
@@ -31,7 +32,7 @@ from nd_jax.train.step import TrainState
 CONFIG_FILE = "config.json"
 
 # What may differ between a workdir and the config that continues it: how the run is executed, not what it computes.
-RUNTIME_KEYS = ("mesh", "num_steps", "log_every", "eval_every", "checkpoint")
+RUNTIME_KEYS = ("mesh", "attention", "num_steps", "log_every", "eval_every", "checkpoint")
 
 
 class Checkpointer:
@@ -62,7 +63,7 @@ class Checkpointer:
         self.folder = (workdir / "checkpoints").resolve()
         self._meta = dict(meta)
         self._best = best_metric
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=_handlers())
 
     def latest(self) -> int | None:
         return self._manager.latest_step()
@@ -76,7 +77,7 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         best = {self._best: metrics[self._best]} if self._best in metrics else None
-        arrays = {name: ocp.args.StandardSave(item) for name, item in _array_items(state).items()}
+        arrays = {name: ocp.args.PyTreeSave(item) for name, item in _array_items(state).items()}
         json_items = {"data": ocp.args.JsonSave(dict(data_state)), "meta": ocp.args.JsonSave(self._meta)}
         items = ocp.args.Composite(**arrays, **json_items)
         with self._reporting(step):
@@ -98,7 +99,7 @@ class Checkpointer:
           UserError: the checkpoint is damaged, has other shapes, or was made with other frozen weights.
         """
         where = self.folder / str(step)
-        arrays = {name: ocp.args.StandardRestore(item) for name, item in _array_items(abstract).items()}
+        arrays = {name: _restore_args(item) for name, item in _array_items(abstract).items()}
         items = ocp.args.Composite(**arrays, data=ocp.args.JsonRestore(), meta=ocp.args.JsonRestore())
         try:
             restored = self._manager.restore(step, args=items)
@@ -141,6 +142,20 @@ class _SaveErrors:
             f"could not save {what} in {self._checkpointer.folder} ({first_line(error)}): free disk space and run the "
             f"same command again; complete checkpoints: {complete_steps(self._checkpointer.folder) or 'none'}"
         ) from error
+
+
+ARRAY_ITEMS, JSON_ITEMS = ("params", "optimizer", "ema"), ("data", "meta")
+
+
+def _handlers() -> dict[str, ocp.CheckpointHandler]:
+    """Item -> how it is written. Checkpoints of earlier versions, which are compressed, are read by the same ones."""
+    # Trained float32 values shrink by 6 %, for three times the processor time of writing them as they are.
+    arrays = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ARRAY_ITEMS}
+    return arrays | {name: ocp.JsonCheckpointHandler() for name in JSON_ITEMS}
+
+
+def _restore_args(item: Any) -> ocp.args.PyTreeRestore:
+    return ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
 
 
 def _array_items(state: TrainState) -> dict[str, Any]:
