@@ -27,7 +27,7 @@ $(STAMP): $(REQUIREMENTS)
 	$(BIN)/python -m pip install --quiet $(addprefix -r ,$(REQUIREMENTS))
 	@touch $@
 
-quickstart: venv ## train, export and compile the text encoder at tiny size on this CPU
+quickstart: venv ## all four distillations of the toy teacher, the student's model folder, ONNX, Hexagon: one report
 	$(BIN)/python -m experiments.quickstart --workdir runs/quickstart
 
 test: venv ## run the whole test suite (PYTEST_ARGS="-k report" narrows it, WORKERS=1 runs it in one process)

@@ -11,7 +11,8 @@
 
 toy-world   makes a clip for every caption of a toy world that training never saw and reads colour, shape, direction and
             speed back (nd_jax/data/toy_checker.py): accuracy with 95 % intervals beside chance, a Frechet distance to
-            drawn clips, and a picture of the first ones. For models that were trained on the toy world.
+            drawn clips, and a picture of the first ones. For models that were trained on the toy world. In mode hybrid
+            the first frames are the world's own, which stands in for a model of pictures.
 decoder     decodes the latents of clips by a tiny decoder and by the one that it stands in for: PSNR, SSIM, flicker
             and, with its weights, LPIPS; a picture and videos with all of them side by side.
 rollouts    samples with a teacher and its students from the same noise: cosine and SNR of the latents for every latent
@@ -101,6 +102,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", required=True, type=Path, metavar="DIR", help=f"{RESULT}, {STRIPS} and clip-*.mp4 go here")
     what = "transformer in the place of the model's, or a folder with one"
     add("--transformer", type=Path, metavar="DIR", help=what)
+    what = "hybrid: go on from first frames that the world draws (default monolithic: the model makes all frames)"
+    add("--mode", choices=("hybrid", "monolithic"), default="monolithic", help=what)
     add("--steps", type=whole_numbers, metavar="A,B,C", help="of all latent frames (default: generation.json's)")
     add("--guidance", type=numbers, metavar="A,B", help="of the first latent frame and of the others; 1 is none")
     add("--clips", type=int, default=200, metavar="N", help="how many (default 200)")
@@ -131,7 +134,7 @@ def toy_world(args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     transformer = None if args.transformer is None else str(evaluate_rollouts.find_transformer(args.transformer))
     chosen = {"steps": args.steps, "first_steps": args.steps, "guidance": args.guidance}
-    model = open_model(args.model, transformer, mode="monolithic", **chosen)
+    model = open_model(args.model, transformer, mode=args.mode, **chosen)
     try:  # Before the work, not behind it.
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,11 +145,18 @@ def toy_world(args: argparse.Namespace) -> dict[str, Any]:
     timings = pipeline.Timings()
     text = pipeline.encode_prompts(model, [*captions, settings.negative_prompt], jnp.float32, timings)
     prompts, negative = (jax.tree.map(lambda x, part=part: x[part], text) for part in (slice(-1), slice(-1, None)))
+    first = None
+    if args.mode == "hybrid":
+        drawn = (world[k]["video"][0].astype(np.float32) / 127.5 - 1 for k in range(args.clips))
+        first = pipeline.encode_first_frames(model, drawn, jnp.float32, timings)
     batches = pipeline.sample_latents(
-        model, prompts, range(args.clips), args.seed, negative, None, args.batch, jnp.float32, None, timings
+        model, prompts, range(args.clips), args.seed, negative, first, args.batch, jnp.float32, None, timings
     )
+    latents = [row for batch in batches for row in batch]
+    # Once without the clock: what it compiles is kept, and the seconds below are of decoding.
+    list(pipeline.video_decoder(model, jnp.float32)(latents[0]))
     decode = pipeline.video_decoder(model, jnp.float32, timings)
-    videos = [np.stack(list(decode(latents))) for batch in batches for latents in batch]
+    videos = [np.stack(list(decode(row))) for row in latents]
 
     choices = dict(zip(ATTRIBUTES, (COLOURS, SHAPES, DIRECTIONS, SPEEDS), strict=True))
     chance = {name: 1 / len(words) for name, words in choices.items()}
@@ -154,6 +164,7 @@ def toy_world(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "model": str(args.model),
         "transformer": str(args.transformer or model.parts["transformer"]),
+        "mode": args.mode,
         "clips": args.clips,
         "seed": args.seed,
         "sampler": {name: getattr(sampler, name) for name in ("first_steps", "steps", "first_guidance", "guidance")},

@@ -8,15 +8,14 @@ command continues an interrupted walk. DIR is a model folder with `causal_video_
 """
 
 import argparse
-import json
+import functools
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.evaluate_decoder import PICTURE, RESULT, VIDEO
-from experiments.stages import Stage, Stages, add_arguments, python, read_results, run_stages
+from experiments.stages import Stage, Stages, add_arguments, python, read_results, reader, run_walk
 from nd_jax.errors import UserError, run_command
 
 CONFIG = "experiments/configs/decoder.py:tiny"
@@ -29,7 +28,7 @@ MEASURES = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "flicker": "flicker", "lpips"
 def stages(args: argparse.Namespace) -> Stages:
     """The walk, in order."""
     work, vae = args.workdir, args.teacher / "causal_video_vae"
-    read = lambda *parts: lambda: json.loads(work.joinpath(*parts).read_text())
+    read = functools.partial(reader, work)
     if args.videos is None:
         source, measured = ["--toy-world", TRAINING_CLIPS, "--seed", args.seed], ["--toy-world", HELD_OUT_CLIPS]
         data = [f"--config.data.toy_clips={TRAINING_CLIPS}"]
@@ -133,10 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if (args.videos is None) != (args.captions is None):
         raise UserError("--videos and --captions go together: give both or neither")
-    begin = time.monotonic()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    run_stages(args.workdir, stages(args), args.only, args.start)
-    print(f"tiny decoder done in {time.monotonic() - begin:.0f} s, report: {(args.workdir / 'report.html').resolve()}")
+    run_walk("tiny decoder", args.workdir, stages(args), args.only, args.start)
     return 0
 
 

@@ -8,11 +8,10 @@ world that makes all frames, such as experiments/models/toy_teacher.
 """
 
 import argparse
+import functools
 import itertools
 import json
-import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments import evaluate, evaluate_rollouts, evaluate_velocity
-from experiments.stages import Stage, Stages, add_arguments, python, read_results, run_stages
+from experiments.stages import Stage, Stages, add_arguments, python, read_results, reader, run_walk
 from experiments.tiny_prune_report import RESULTS, print_table, summarize_walk, write_prune_report
 from nd_jax.errors import UserError, run_command
 from nd_jax.files import write_text
@@ -52,7 +51,7 @@ def stages(args: argparse.Namespace) -> Stages:
     """The walk, in order."""
     work, teacher = args.workdir, args.teacher
     latents = args.latents or work / "latents"
-    read = lambda *parts: lambda: json.loads(work.joinpath(*parts).read_text())
+    read = functools.partial(reader, work)
     model = lambda name: work / "models" / name
     walked: Stages = {}
     if args.latents is None:
@@ -202,16 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if not (args.teacher / TRANSFORMER).is_dir():
         raise UserError(f"{args.teacher}: has no {TRANSFORMER}; give a model folder of experiments.toy_teacher")
-    walked = stages(args)
-    for name in (args.only, args.start):
-        if name is not None and name not in walked:
-            raise UserError(f"stage {name} is no part of this walk: its stages are {', '.join(walked)}")
-    begin = time.monotonic()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    # A dozen processes sample with networks of two sizes: what one compiled serves the others.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.workdir.resolve() / "compilation_cache"))
-    run_stages(args.workdir, walked, args.only, args.start)
-    print(f"tiny prune done in {time.monotonic() - begin:.0f} s, report: {(args.workdir / 'report.html').resolve()}")
+    run_walk("tiny prune", args.workdir, stages(args), args.only, args.start)
     return 0
 
 

@@ -8,17 +8,16 @@ experiments/models/toy_teacher; --student takes a pruned transformer of it to st
 """
 
 import argparse
+import functools
 import json
-import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import evaluate, evaluate_steps
-from experiments.stages import Stage, Stages, add_arguments, python, read_results, run_stages
+from experiments.stages import Stage, Stages, add_arguments, python, read_results, reader, run_walk
 from experiments.tiny_steps_report import RESULTS, print_table, summarize_walk, write_steps_report
 from nd_jax.errors import UserError, run_command
 from nd_jax.files import write_text
@@ -49,7 +48,7 @@ def stages(args: argparse.Namespace) -> Stages:
     """The walk, in order."""
     work, teacher = args.workdir, args.teacher
     latents = args.latents or work / "latents"
-    read = lambda *parts: lambda: json.loads(work.joinpath(*parts).read_text())
+    read = functools.partial(reader, work)
     walked: Stages = {}
     if args.latents is None:
         given = ["--toy-prompts", args.prompts, "--samples", args.samples, "--seed", PROMPTS_SEED + args.seed]
@@ -153,16 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for needed in (TRANSFORMER, "generation.json"):
         if not (args.teacher / needed).exists():
             raise UserError(f"{args.teacher}: has no {needed}; give a model folder of experiments.toy_teacher")
-    walked = stages(args)
-    for name in (args.only, args.start):
-        if name is not None and name not in walked:
-            raise UserError(f"stage {name} is no part of this walk: its stages are {', '.join(walked)}")
-    begin = time.monotonic()
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    # Many processes sample with the same networks: what one compiled serves the others.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(args.workdir.resolve() / "compilation_cache"))
-    run_stages(args.workdir, walked, args.only, args.start)
-    print(f"tiny steps done in {time.monotonic() - begin:.0f} s, report: {(args.workdir / 'report.html').resolve()}")
+    run_walk("tiny steps", args.workdir, stages(args), args.only, args.start)
     return 0
 
 

@@ -10,15 +10,15 @@ world are then not measured.
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.stages import Stage, Stages, add_arguments, python, read_results, run_stages
+from experiments.stages import Stage, Stages, add_arguments, python, read_results, reader, run_walk
 from experiments.toy_teacher_report import print_table, write_model_card, write_toy_teacher_report
 from nd_jax.errors import UserError, run_command
 from nd_jax.files import write_text
@@ -73,7 +73,7 @@ class Walk:
 def stages(walk: Walk) -> Stages:
     """The walk, in order."""
     work = walk.workdir
-    read = lambda *parts: lambda: json.loads(work.joinpath(*parts).read_text())
+    read = functools.partial(reader, work)
     if walk.videos is None:
         source, vae_source = ["--toy-world", walk.clips, "--seed", walk.seed], []
         size = []
@@ -145,7 +145,7 @@ def measures(walk: Walk, prefix: str) -> Stages:
     evaluate = lambda model, name: python(
         "experiments.evaluate", "toy-world", "--model", work / model, "--output", work / name
     )
-    read = lambda name: lambda: json.loads((work / name / "toy_world.json").read_text())
+    read = lambda name: reader(work, name, "toy_world.json")
     measured = {
         f"{prefix}clips": Stage(
             "generate clips and read them",
@@ -235,18 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if (args.videos is None) != (args.captions is None):
         raise UserError("--videos and --captions go together: give both or neither")
-    begin = time.monotonic()
-    args.workdir.mkdir(parents=True, exist_ok=True)
     walk = Walk(
         *(args.workdir, args.seed, args.clips, args.videos, args.captions, args.compare),
         *(tuple(args.train), tuple(args.train_vae), args.frame_rate),
     )
-    walked = stages(walk)
-    for name in (args.only, args.start):
-        if name is not None and name not in walked:
-            raise UserError(f"stage {name} is no part of this walk: its stages are {', '.join(walked)}")
-    run_stages(args.workdir, walked, args.only, args.start)
-    print(f"toy teacher done in {time.monotonic() - begin:.0f} s, report: {(args.workdir / 'report.html').resolve()}")
+    run_walk("toy teacher", args.workdir, stages(walk), args.only, args.start)
     return 0
 
 

@@ -1,7 +1,5 @@
 """From a training workdir to a model folder: what is exported is what was trained, and PyTorch computes the same."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ import pytest
 from converters import export_torch, import_torch
 from converters.numerics import snr_db
 from converters.torch_reference import text_encoder_context
-from experiments import quickstart, stages, train
+from experiments import train
 from nd_jax.errors import UserError
 from nd_jax.models import context_adapter, t5
 from nd_jax.train.deployed import load_deployed
@@ -75,34 +73,3 @@ def test_missing_checkpoints_are_named(workdir, tmp_path):
         load_deployed(workdir, step=7)
     with pytest.raises(UserError, match="has no checkpoint"):
         load_deployed(tmp_path)
-
-
-def test_quickstart_says_which_stage_is_missing(tmp_path):
-    with pytest.raises(UserError, match="stage train has not been run"):
-        quickstart.main(["--workdir", str(tmp_path), "--only", "report"])
-
-
-def test_quickstart_names_the_stage_that_failed(tmp_path):
-    (tmp_path / "prompts.txt").write_text("\n")
-    with pytest.raises(UserError, match="stage train failed with status 1"):
-        quickstart.main(["--workdir", str(tmp_path), "--only", "train"])
-    assert not list((tmp_path / "stages").iterdir())
-
-
-def test_stage_commands_are_the_public_ones(tmp_path):
-    walk = quickstart.Walk(tmp_path, tmp_path / "prompts.txt", seed=3, soc="8-elite")
-    for name, stage in quickstart.stages(walk).items():
-        assert (stage.command is None) == (name == "report")
-        assert stage.command is None or stage.command[2].split(".")[0] in ("experiments", "converters")
-    assert "--config.seed=3" in json.dumps(quickstart.train_command(walk, "train"))
-
-
-def test_quickstart_refuses_results_of_other_arguments(tmp_path):
-    walk = quickstart.Walk(tmp_path, tmp_path / "prompts.txt", seed=0, soc="8-elite")
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
-    (tmp_path / "stages").mkdir()
-    command = stages._shown(quickstart.train_command(walk, "train"))
-    (tmp_path / "stages" / "train.json").write_text(json.dumps({"command": command, "result": {}, "seconds": 1.0}))
-    assert stages._done_before(tmp_path, "train", quickstart.stages(walk)["train"])
-    with pytest.raises(UserError, match=r"done with other arguments .*choose another --workdir, or --from train"):
-        quickstart.main(["--workdir", str(tmp_path), "--seed", "1"])

@@ -3,6 +3,10 @@
     python -m experiments.train --config experiments/configs/text_encoder.py:tiny --workdir runs/text_encoder
 
 tiny   2 CPU cores, about a minute: random teacher with T5's initialisation, prompts from a grammar or from your file.
+toy-teacher   likewise, for a toy teacher (experiments.toy_teacher), whose T5 and context embedder mean something: a
+       student with less than half of their parameters. Needs data.prompts and, of the teacher's model folder,
+           --config.data.tokenizer=MODEL/tokenizer_3  --config.teacher.text_encoder=MODEL/text_encoder_3
+           --config.teacher.mmdit=MODEL/diffusion_transformer_320p
 full   the paper's run: 1.4M prompts, global batch 2048, T5-XXL in bfloat16 run on the fly. Needs
            --config.data.prompts=...          text, JSONL or ArrayRecord files
            --config.data.tokenizer=...        tokenizer_3 folder of the released model
@@ -21,8 +25,8 @@ from experiments.configs.common import base_config, choose_variant
 
 
 def get_config(variant: str = "tiny") -> ConfigDict:
-    """Config of a variant: "tiny" or "full"."""
-    return choose_variant("text_encoder.py", variant, {"tiny": _tiny, "full": _full})
+    """Config of a variant: "tiny", "toy-teacher" or "full"."""
+    return choose_variant("text_encoder.py", variant, {"tiny": _tiny, "toy-teacher": _toy_teacher, "full": _full})
 
 
 def _base() -> ConfigDict:
@@ -89,6 +93,18 @@ def _tiny() -> ConfigDict:
     config.data.tokenizer_vocab = 256
     config.data.max_length = 64
     config.data.eval_fraction = 0.1
+    return config
+
+
+def _toy_teacher() -> ConfigDict:
+    config = _tiny()
+    config.update({"num_steps": 800, "batch_size": 64, "eval_every": 100})
+    config.optimizer.learning_rate = 5e-3
+    config.student.encoder.update({"vocab_size": 128, "d_model": 32, "d_ff": 64, "num_layers": 1, "num_heads": 2})
+    config.student.adapter.layer_depths = (32, 32, 32, 32)
+    config.data.update({"tokenizer_vocab": 128, "max_length": 28})
+    # Guidance asks for the context of the empty caption, too.
+    config.data.caption_dropout = 0.05
     return config
 
 
