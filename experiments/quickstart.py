@@ -38,7 +38,7 @@ SIZES = {
     "captions": (4000, "captions that the text encoder learns from"),
     "text_steps": (800, "of the text encoder"),
     "training_clips": (1024, "toy clips that are encoded, for the decoder and for pruning"),
-    "decoder_steps": (600, "of the tiny decoder"),
+    "decoder_steps": (1200, "of the tiny decoder"),
     "plan_captions": (16, "captions that the pruning plan samples"),
     "stage1_steps": (60, "of the recovery's first stage"),
     "stage2_steps": (200, "of its second"),
@@ -174,6 +174,10 @@ def decoder_stages(args: argparse.Namespace) -> Stages:
         f"data.latents={work / 'latents'}",
         f"data.toy_clips={args.training_clips}",
         f"num_steps={args.decoder_steps}",
+        # So few steps that more of them teach more than more clips in each.
+        "batch_size=8",
+        "eval_every=400",
+        "checkpoint.every=400",
     )
     exported = work / "exported/decoder"
     measure = [
