@@ -209,7 +209,7 @@ def test_half_precision_on_a_mesh(network, settings, kernels):
     assert {path: split[path] for path in kernels} == kernels
 
 
-@pytest.mark.parametrize("implementation", ATTENTION)
+@pytest.mark.parametrize("implementation", ("xla", "cached"))  # the TPU kernel is for a sequence with itself
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_to_another_sequence(implementation, masked, monkeypatch):
     monkeypatch.setattr("nd_jax.models.attention.LOGITS_AT_ONCE", 30)  # A sample at a time, its heads by two.

@@ -53,7 +53,7 @@ def test_bad_overrides(override, message):
 def test_unknown_file_and_variant():
     with pytest.raises(UserError, match=r"does not exist: the configs in experiments/configs are .*text_encoder.py"):
         load_config("experiments/configs/text_encodr.py:tiny")
-    with pytest.raises(UserError, match="no variant 'huge': use tiny or full"):
+    with pytest.raises(UserError, match="no variant 'huge': use tiny or toy-teacher or full"):
         load_config(CONFIG.replace("tiny", "huge"))
 
 
