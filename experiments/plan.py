@@ -314,7 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from experiments.plan_report import print_plan, print_sweep
     from experiments.plan_sizes import batch_row, fill_folders
     from nd_jax.distill.registry import build_method, resolve_config
+    from nd_jax.train.virtual_devices import order_collectives_of_virtual_devices
 
+    order_collectives_of_virtual_devices()
     chip, devices = topology_devices(args.topology, args.slices)
     with tempfile.TemporaryDirectory() as folder:
         config, assumed = fill_folders(config, Path(folder), args.student_blocks)

@@ -93,8 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = plain(load_config(args.config, [*placed, *overrides]))
 
     from nd_jax.train.allocator import keep_freed_memory
+    from nd_jax.train.virtual_devices import order_collectives_of_virtual_devices
 
     keep_freed_memory()
+    order_collectives_of_virtual_devices()
     with processes(args):
         run(config, args.workdir)
     return 0

@@ -23,8 +23,10 @@ QUICK = (
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
 )
+# As nd_jax.train.virtual_devices does for trainings.
+ORDERED = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
 DEVICES = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = " ".join((*QUICK, os.environ.get("XLA_FLAGS", ""), DEVICES))
+os.environ["XLA_FLAGS"] = " ".join((*QUICK, ORDERED, os.environ.get("XLA_FLAGS", ""), DEVICES))
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 # What was compiled is kept for the other worker, for processes that tests start and for the next run; Bazel's caller

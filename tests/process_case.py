@@ -26,7 +26,8 @@ def start_module(name, given, devices):
     return subprocess.Popen(
         [sys.executable, "-m", name, *given],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags},
+        # So many threads make it likely that collectives which nothing orders meet in different orders, and hang.
+        env=os.environ | {"XLA_FLAGS": flags, "PJRT_NPROC": "64"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
