@@ -1,10 +1,12 @@
 """From a config (plain dictionary) to the batches of a method. One line per method."""
 
 import dataclasses
+import importlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -26,16 +28,40 @@ CLIP_TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 def build_data(config: Mapping[str, Any], workdir: Path) -> tuple[Batches, EvalBatches]:
     """(endless training batches, held-out batches) of this process."""
-    if config["method"] not in DATA:
-        raise UserError(f"method is {config['method']!r}: known methods are {', '.join(sorted(DATA))}")
-    return DATA[config["method"]](config, workdir)
+    build = DATA.get(config["method"]) or own_method(config["method"]).build_data
+    return build(config, workdir)
+
+
+def own_method(name: str) -> ModuleType:
+    """The module of a method that has no line here: a name such as my_package.my_method is the module's.
+
+    It has `resolve_config` and `build_method`, as in `nd_jax.distill.registry`, and `build_data`, as in `DATA`.
+
+    Raises:
+      UserError: there is no such module, or it lacks one of the three.
+    """
+    try:
+        module = importlib.import_module(name) if all(map(str.isidentifier, name.split("."))) else None
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):
+            raise  # The module is there, and what it imports is not.
+        module = None
+    if module is None:
+        raise UserError(
+            f"method is {name!r}: known methods are {', '.join(sorted(DATA))}; one of your own is named by its module, "
+            "such as my_package.my_method, and Python has to find that (docs/extending.md)"
+        )
+    missing = [part for part in ("resolve_config", "build_method", "build_data") if not hasattr(module, part)]
+    if missing:
+        raise UserError(f"method is {name!r}, a module without {' and '.join(missing)} (docs/extending.md)")
+    return module
 
 
 def tokenizer_folders(config: Mapping[str, Any], workdir: Path) -> dict[str, Path]:
     """Name in a model folder -> folder of every tokenizer of a run: those that the config names, or those built into
     the workdir. They need not exist yet."""
     data = config["data"]
-    if config["method"] == "text_encoder":
+    if "tokenizer" in data:
         return {T5_TOKENIZER: Path(data["tokenizer"] or workdir / T5_TOKENIZER)}
     if "tokenizers" in data:
         return {name: Path(data["tokenizers"] or workdir) / name for name in (*CLIP_TOKENIZERS, T5_TOKENIZER)}

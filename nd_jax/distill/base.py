@@ -2,7 +2,7 @@
 
 A `Distillation` names its roles (student, teacher, fake), gives one loss for each role that trains, and says in which
 order the roles are updated. The trainer turns every loss into a sharded step, owns optimisers, meshes and checkpoints,
-and never looks inside. Adding a method means writing one module like `text_encoder.py` and one line in `registry.py`.
+and never looks inside. docs/extending.md adds a method, step by step.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
-"""From a config (plain dictionary) to a method. One line per method."""
+"""From a config (plain dictionary) to a method. One line per method; a name that has none is a module's."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from nd_jax.data.registry import own_method
 from nd_jax.distill import (
     decoder_roles,
     prune_roles,
@@ -13,7 +14,6 @@ from nd_jax.distill import (
     video_vae_roles,
 )
 from nd_jax.distill.base import Distillation
-from nd_jax.errors import UserError
 
 # name -> (fills in what the config's folders say, builds the method of a filled-in config)
 METHODS = {
@@ -38,6 +38,7 @@ def build_method(config: Mapping[str, Any]) -> Distillation:
 
 
 def _method(config: Mapping[str, Any]) -> tuple:
-    if config["method"] not in METHODS:
-        raise UserError(f"method is {config['method']!r}: known methods are {', '.join(sorted(METHODS))}")
-    return METHODS[config["method"]]
+    if config["method"] in METHODS:
+        return METHODS[config["method"]]
+    module = own_method(config["method"])
+    return module.resolve_config, module.build_method

@@ -63,7 +63,7 @@ def text_encoder_from_config(config: Mapping[str, Any]) -> Distillation:
     """
     try:
         loss = method.TextEncoderLoss(**config["loss"])
-        models = _models(config, loss.mode)
+        models = models_from_config(config, loss.mode)
         models.check(loss.mode)
     except (TypeError, ValueError) as error:
         raise UserError(f"config: {error}") from error
@@ -72,7 +72,8 @@ def text_encoder_from_config(config: Mapping[str, Any]) -> Distillation:
     )
 
 
-def _models(config: Mapping[str, Any], mode: str) -> method.TextEncoderModels:
+def models_from_config(config: Mapping[str, Any], mode: str) -> method.TextEncoderModels:
+    """Sizes of the four networks of a resolved config; `mode` says what the adapter stands for."""
     teacher, student = config["teacher"], config["student"]
     teacher_config = t5.T5Config(**teacher["encoder"])
     embedder = context_adapter.ContextEmbedderConfig(teacher_config.d_model, teacher["context_dim"])

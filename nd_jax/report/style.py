@@ -1,6 +1,7 @@
 """The report's style sheet: light, dark and print, from a phone's width up."""
 
-# Series colours keep a contrast of at least 4.5 : 1 to the background in both themes.
+# Series colours keep a contrast of at least 4.5 : 1 to the background in both themes. A wide table breaks its headings
+# and words to fit a desktop's width; on a phone it keeps them whole and scrolls in its box.
 STYLE = """
 :root {
   color-scheme: light dark;
@@ -53,8 +54,9 @@ th, td {
 }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td { max-width: 32rem; }
-th:first-child, td:first-child { padding-left: 0; }
-th.r, td.r { text-align: right; white-space: nowrap; }
+th:last-child, td:last-child { padding-right: 0; }
+th.r, td.r { text-align: right; }
+td.r { white-space: nowrap; }
 th.c, td.c { text-align: center; }
 
 pre {
@@ -94,6 +96,10 @@ img, video { display: block; max-width: 100%; height: auto; border-radius: 6px; 
 }
 .bars b { min-width: 5.5rem; font-variant-numeric: tabular-nums; font-weight: 600; }
 
+@media (min-width: 48rem) {
+  table { max-width: 100%; }
+  th { white-space: normal; vertical-align: bottom; }
+}
 @media (max-width: 600px) {
   body { padding: 1.5rem 1rem 3rem; }
   h1 { font-size: 1.5rem; }
