@@ -123,7 +123,9 @@ def _student_sizes():
 
 def test_the_decoder_learns_and_the_encoder_stays(method, roles, batch):
     grad = jax.jit(jax.grad(lambda p: method.losses["vae"](roles | {"vae": p}, batch, jax.random.key(0))[0].value))
-    flat = traverse_util.flatten_dict(grad(roles["vae"]), sep="/")
+    # Memory blocks begin as the identity, whatever their first convolutions are.
+    trained = jax.tree.map(lambda w: w + 0.01, roles["vae"])
+    flat = traverse_util.flatten_dict(grad(trained), sep="/")
     for path, value in flat.items():
         assert bool(np.any(value)) == path.startswith(("decoder/", "post_quant_conv/")), path
     assert method.roles["vae"].trainable == (r"^decoder/", r"^post_quant_conv/")
@@ -173,6 +175,26 @@ def test_lpips_is_used_where_its_weights_are_given(vae, tmp_path, batch):
     _, parts = jax.jit(method.losses["vae"])(roles, batch, jax.random.key(0))
     metrics = jax.jit(method.evaluate)(roles, batch | {"valid": jnp.array([True, True])})
     assert float(parts["lpips"].value) > 0 and float(metrics["lpips"].value) > 0
+
+
+@pytest.mark.parametrize(("widths", "colours"), [((6, 6, 6, 6), 3), ((4, 5, 4, 4), 2)])
+def test_a_new_decoder_shows_colours_of_the_latent(widths, colours):
+    """Random ones lost them: of two seeds one made grey clips, 19.8 dB after 1200 steps, and the other 25.1."""
+    config = TAEHVConfig(latent_channels=5, num_features=widths)
+    module = TAEHVDecoder(config)
+    latents = jnp.asarray(clips(2, 3, 2, 2, 5))
+    params = decoder.carry_colours(module.init(jax.random.key(0), latents)["params"])
+    video, _ = module.apply({"params": params}, latents)
+    first = params["conv_in"]["kernel"][..., :colours]
+    squashed = 3 * jnp.tanh(latents / 3)
+    small = jnp.stack([lax_convolution(frames, first) for frames in jnp.moveaxis(squashed, 1, 0)], axis=1)
+    expected = small.repeat(8, axis=1)[:, 7:].repeat(8, axis=2).repeat(8, axis=3)
+    np.testing.assert_allclose(video[..., :colours], expected, atol=1e-5)
+
+
+def lax_convolution(frames, kernel):
+    """[N, H, W, C] and [3, 3, C, D] -> [N, H, W, D], zeros around the picture."""
+    return jax.lax.conv_general_dilated(frames, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def test_growth_plays_the_frames_of_a_latent_twice():

@@ -177,13 +177,57 @@ def lpips_of_clips(params: Params, a: jax.Array, b: jax.Array, config: LPIPSConf
 
 
 def init_decoder(key: jax.Array, config: AsymmetricVideoVAEConfig, native: Params) -> Params:
-    """Parameters with a random tiny decoder behind the encoder of `native` (traceable).
+    """Parameters with a new tiny decoder behind the encoder of `native` (traceable).
 
     `post_quant_conv` is that of `native`, too: it is a linear map of the latents which a native decoder was trained
-    with.
+    with. The decoder is random but for what `carry_colours` says.
     """
     video = jnp.zeros((1, 1, config.space_factor, config.space_factor, config.encoder_in_channels))
-    return {**AsymmetricCausalVideoVAE(config).init(key, video)["params"], **_kept(native)}
+    params = AsymmetricCausalVideoVAE(config).init(key, video)["params"]
+    return {**params, "decoder": carry_colours(params["decoder"]), **_kept(native)}
+
+
+def carry_colours(params: Params) -> Params:
+    """A random TAEHV decoder that begins as a linear map from a latent to the colours of its pixels.
+
+    Features lie behind a ReLU, so a colour c takes two of them, its positive part at c and its negative part at C + c,
+    C = colours (fewer where the decoder is too narrow). The first convolution makes the pairs, each group passes them
+    on, the last convolution takes their differences, and memory blocks begin as the identity. All other features are
+    random. A narrow decoder that is random throughout has lost the colours in its first groups; about one in two then
+    settled for brightness alone.
+    """
+    flat = dict(traverse_util.flatten_dict(params, sep="/"))
+    widths = [kernel.shape[-2] for path, kernel in flat.items() if path.startswith("grow_")]
+    last_width, colours = flat["conv_out/kernel"].shape[-2:]
+    count = min(colours, min(*widths, last_width) // 2)
+    pair = jnp.eye(count)
+    for path, kernel in flat.items():
+        layer = path.split("/")[0]
+        if path.endswith("bias"):
+            continue
+        if layer.startswith("memory_"):
+            flat[path] = jnp.zeros_like(kernel) if "convs_2" in path else kernel
+        elif layer == "conv_in":
+            flat[path] = _mirror(kernel, count)
+        elif layer.startswith("grow_"):
+            # The output channels are those of one frame, or of two one after the other.
+            for first in range(0, kernel.shape[-1], kernel.shape[-2]):
+                kernel = kernel.at[..., first : first + count].set(0.0)
+                kernel = kernel.at[..., :count, first : first + count].set(pair)
+                kernel = kernel.at[..., count : 2 * count, first : first + count].set(-pair)
+            flat[path] = kernel
+        elif layer == "conv_out":
+            kernel = kernel.at[:, :, : 2 * count].set(0.0)
+            flat[path] = kernel.at[1, 1, :count, :count].set(pair).at[1, 1, count : 2 * count, :count].set(-pair)
+        else:
+            kernel = kernel.at[..., :count].set(0.0)
+            flat[path] = _mirror(kernel.at[1, 1, :count, :count].set(pair), count)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _mirror(kernel: jax.Array, count: int) -> jax.Array:
+    """The `count` outputs behind the first `count` become their negatives."""
+    return kernel.at[..., count : 2 * count].set(-kernel[..., :count])
 
 
 def _kept(native: Params) -> Params:
