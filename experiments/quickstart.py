@@ -174,10 +174,8 @@ def decoder_stages(args: argparse.Namespace) -> Stages:
         f"data.latents={work / 'latents'}",
         f"data.toy_clips={args.training_clips}",
         f"num_steps={args.decoder_steps}",
-        # So few steps that more of them teach more than more clips in each; Muon stops at grey clips with some seeds.
+        # So few steps that more of them teach more than more clips in each.
         "batch_size=8",
-        "optimizer.name=adamw",
-        "optimizer.learning_rate=3e-3",
         "eval_every=400",
         "checkpoint.every=400",
     )

@@ -86,7 +86,8 @@ def _tiny() -> ConfigDict:
     config.model.decoder.num_features = (14, 10, 8, 8)
     config.model.discriminator.widths = (8, 16, 32)
     config.loss.update({"perceptual": "gradient_ssim", "perceptual_weight": 0.01, "scales": 2})
-    config.optimizer.update({"name": "muon", "learning_rate": 6e-3, "warmup_steps": 50})
+    # Muon is faster with some seeds, and with others never finds the colours (docs/decoder.md).
+    config.optimizer.update({"name": "adamw", "learning_rate": 3e-3, "warmup_steps": 50})
     config.data.update({"toy_clips": 4096, "video_frames": 17, "height": 64, "width": 64, "eval_fraction": 0.03})
     # With cached latents alone: the norms of the encoder take their moments from whole frames.
     config.data.crop.update({"height": 32, "width": 32})
