@@ -1,6 +1,7 @@
 """Strict settings for every test, in the environment so that the processes which tests start have them too."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,10 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# A suite that a script starts in the background ignores SIGINT, and so would the processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("nd_jax", deadline=None, derandomize=True, max_examples=20, database=None)
 settings.load_profile("nd_jax")

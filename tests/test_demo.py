@@ -318,15 +318,7 @@ def test_commands_that_cannot_serve(server, folder, tmp_path):
 # --- the command, and a browser ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interruptible():
-    """A suite that a script started in the background ignores SIGINT, and so would what it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_ctrl_c_ends_it(folder, tmp_path, interruptible):
+def test_ctrl_c_ends_it(folder, tmp_path):
     command = [sys.executable, "-m", "experiments.demo", "--model", folder / "tiny-teacher", "--port", "0"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
