@@ -30,6 +30,11 @@ def test_the_flag_is_given_with_virtual_devices_only(monkeypatch, given, expecte
     assert os.environ["XLA_FLAGS"] == expected
 
 
+def test_the_suite_itself_has_the_flag():
+    """tests/conftest.py has it as a copy, since it may import nothing of the project."""
+    assert ORDERED in os.environ["XLA_FLAGS"].split()
+
+
 STEP = """
 import jax, jax.numpy as jnp
 from nd_jax.train.virtual_devices import order_collectives_of_virtual_devices

@@ -193,8 +193,8 @@ def carry_colours(params: Params) -> Params:
     Features lie behind a ReLU, so a colour c takes two of them, its positive part at c and its negative part at C + c,
     C = colours (fewer where the decoder is too narrow). The first convolution makes the pairs, each group passes them
     on, the last convolution takes their differences, and memory blocks begin as the identity. All other features are
-    random. A narrow decoder that is random throughout has lost the colours in its first groups; about one in two then
-    settled for brightness alone.
+    random. A narrow decoder that is random throughout has lost the colours in its first groups, and may settle for
+    brightness alone (docs/decoder.md).
     """
     flat = dict(traverse_util.flatten_dict(params, sep="/"))
     widths = [kernel.shape[-2] for path, kernel in flat.items() if path.startswith("grow_")]
