@@ -47,6 +47,15 @@ def test_more_slices_keep_their_rows_and_share_nothing_but_gradients():
     assert changed == {"--config.batch_size": (384, 768), "--config.mesh.data": (1, 2)}
 
 
+def test_attention_is_the_kernel_where_the_plan_says_that_it_pays():
+    found = {
+        topology: load_config(f"{CONFIGS}/teacher.py:full", topologies.topology_overrides("teacher.py:full", topology))
+        for topology in topologies.SLICES
+    }
+    assert {name for name, config in found.items() if config.attention == "splash"} == {"v5e:4x4"}
+    assert set(found) - {"v5e:4x4"} == {name for name, config in found.items() if config.attention == "xla"}
+
+
 def test_training_and_plan_take_the_same_settings(tmp_path, monkeypatch):
     """The same flags; what the command line sets itself counts more than the table."""
     trained, planned = [], []
