@@ -15,7 +15,7 @@ from nd_jax.errors import UserError
 if TYPE_CHECKING:
     import onnx
 
-ROUNDINGS = ("nearest", "compensated", "adaround")
+ROUNDINGS = ("nearest", "compensated", "sequential", "adaround")
 # Their residual stream and their logits have a range that 16 bits do not cover; 9 dB quantised, 39 dB in FP16.
 FP16_GRAPHS = ("text_encoder", "t5_encoder", "clip_l", "clip_g", "first_frame_clip_l", "first_frame_clip_g")
 
@@ -29,7 +29,8 @@ class PrecisionPlan:
 
     Attributes:
       keep_float: patterns (`fnmatch`) of node names, such as "*conv_out*", that stay in FP16.
-      rounding: "nearest", "compensated" (`converters.rounding`) or "adaround" (`converters.adaround`).
+      rounding: "nearest", "compensated" (`converters.rounding`), "sequential" (`converters.sequential_rounding`) or
+        "adaround" (`converters.adaround`).
       float_attention: leave `attention_core` in FP16: of a product of two activations the HTP takes the second with 8
         bits, which turns 83 dB into 40.
       float_norms: leave `group_norms` in FP16: on integers the HTP computes some of them wrong, without a word (0 dB).
@@ -54,7 +55,7 @@ PLANS = {
     "unet": _PICTURES,
     "image_decoder": _PICTURES,
     "vae_encoder": _PICTURES,
-    "quicksrnet": PrecisionPlan(rounding="compensated"),
+    "quicksrnet": PrecisionPlan(rounding="sequential"),
 }
 
 

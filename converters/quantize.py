@@ -236,8 +236,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--rounding",
         choices=precision_plan.ROUNDINGS,
-        help="of the weights: to nearest, so that errors of one layer make up for each other, or learned (default: the "
-        "graph's)",
+        help="of the weights: to nearest, so that errors of one layer make up for each other (compensated) and for "
+        "those of the layers before (sequential), or learned (default: the graph's)",
     )
     parser.add_argument("--float-ends", action="store_true", help="leave inputs and outputs float32")
     parser.add_argument("--force", action="store_true", help="quantise even a graph that is meant to stay in FP16")

@@ -12,6 +12,7 @@ from converters.adaround import learn_rounding
 from converters.precision_plan import PrecisionPlan
 from converters.rounding import channel_scales, compensation, patch_moments, round_rows, row_moments
 from converters.samples import Sample
+from converters.sequential_rounding import asymmetric_rows, paired_values
 
 if TYPE_CHECKING:
     import onnx
@@ -80,26 +81,71 @@ def round_weights(
     groups: dict[tuple[Window, ...], list[str]] = {}
     for name, windows in layers.items():
         groups.setdefault(windows, []).append(name)
-    widths = {windows: _rows(tensors[names[0]].const_value.numpy()).shape[1] for windows, names in groups.items()}
-    rng, rounded = np.random.default_rng(seed), {}
-    for batch in batches({windows: width for windows, width in widths.items() if width <= MAX_WIDTH}):
+    weights = {name: tensors[name].const_value.numpy() for name in layers}
+    widths = {windows: _rows(weights[names[0]]).shape[1] for windows, names in groups.items()}
+    # Moments of pairs have twice the sides.
+    limit = MAX_WIDTH // 2 if plan.rounding == "sequential" else MAX_WIDTH
+    widths = {windows: width for windows, width in widths.items() if width <= limit}
+    rng = np.random.default_rng(seed)
+    if plan.rounding == "sequential":
+        return _round_in_order(onnx_path, groups, weights, widths, samples, rng)
+    return _round_apart(onnx_path, groups, weights, widths, samples, rng, compensate=plan.rounding == "compensated")
+
+
+def _round_apart(
+    onnx_path: Path,
+    groups: Mapping[tuple[Window, ...], list[str]],
+    weights: Mapping[str, np.ndarray],
+    widths: Mapping[tuple[Window, ...], int],
+    samples: Callable[[], Iterable[Sample]],
+    rng: np.random.Generator,
+    compensate: bool,
+) -> dict[str, Rounded]:
+    """Every layer on the inputs that it has in the float graph: `compensation`, or `learn_rounding`."""
+    rounded = {}
+    for batch in batches(widths):
         sums = _moments(onnx_path, batch, widths, samples(), rng)
         for windows in batch:
             total, count = sums.pop(windows)
             if count < widths[windows]:
                 continue
             total /= count
-            made = compensation(total) if plan.rounding == "compensated" else None
+            made = compensation(total) if compensate else None
             for name in groups[windows]:
-                weight = tensors[name].const_value.numpy()
-                rows = _rows(weight)
+                rows = _rows(weights[name])
                 scales = channel_scales(rows)
                 steps = learn_rounding(rows, total, scales) if made is None else round_rows(rows, made, scales)
-                axis = output_axis(weight)
-                shape = weight.shape if axis == 0 else weight.shape[::-1]
-                steps = np.ascontiguousarray(np.moveaxis(steps.reshape(shape), 0, axis))
-                rounded[name] = Rounded(steps, scales, axis)
+                rounded[name] = _rounded(weights[name], steps, scales)
     return rounded
+
+
+def _round_in_order(
+    onnx_path: Path,
+    groups: Mapping[tuple[Window, ...], list[str]],
+    weights: Mapping[str, np.ndarray],
+    widths: Mapping[tuple[Window, ...], int],
+    samples: Callable[[], Iterable[Sample]],
+    rng: np.random.Generator,
+) -> dict[str, Rounded]:
+    """Every layer on the inputs that it has behind the layers that are rounded (`converters.sequential_rounding`)."""
+    rounded: dict[str, Rounded] = {}
+    for windows, width in widths.items():
+        made = {name: weight.weight() for name, weight in rounded.items()}
+        moments, count = _paired_moments(onnx_path, made, windows, width, samples, rng)
+        if count < width:
+            continue
+        own, cross = moments[width:, width:], moments[:width, width:]
+        for name in groups[windows]:
+            rounded[name] = _rounded(weights[name], *asymmetric_rows(_rows(weights[name]), own, cross))
+    return rounded
+
+
+def _rounded(weight: np.ndarray, steps_ON: np.ndarray, scales_O: np.ndarray) -> Rounded:
+    """Multiples of one row per output channel, in the weight's shape."""
+    axis = output_axis(weight)
+    shape = weight.shape if axis == 0 else weight.shape[::-1]
+    steps = np.ascontiguousarray(np.moveaxis(steps_ON.reshape(shape), 0, axis))
+    return Rounded(steps, scales_O, axis)
 
 
 def output_axis(weight: np.ndarray) -> int:
@@ -182,3 +228,24 @@ def _window_moments(window: Window, x: np.ndarray, limit: int, rng: np.random.Ge
     if not window.size:
         return row_moments(x)
     return patch_moments(x, window.size, window.strides, window.pads, limit, rng)
+
+
+def _paired_moments(
+    onnx_path: Path,
+    weights: Mapping[str, np.ndarray],
+    windows: tuple[Window, ...],
+    width: int,
+    samples: Callable[[], Iterable[Sample]],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, int]:
+    """Mean z z^T of z = (x, x^) over samples divided by their mean x^2, and the number of z; see `paired_values`."""
+    total, count, limit = np.zeros((2 * width,) * 2), 0, -(-PATCHES // len(windows))
+    names = list(dict.fromkeys(window.value for window in windows))
+    for values in paired_values(onnx_path, weights, names, samples):
+        for name, x, made in values:
+            for window in (window for window in windows if window.value == name):
+                both = np.concatenate([x, made], axis=1 if window.size else -1)
+                moments, number = _window_moments(window, both, limit, rng)
+                total += moments / max(float(np.mean(np.square(x))), 1e-12)
+                count += number
+    return total / max(count, 1), count

@@ -90,3 +90,27 @@ def write_pictures(path):
     rng = np.random.default_rng(0)
     np.savez(path, x=np.cumsum(rng.standard_normal((24, 1, 3, 8, 8)), axis=-1).astype(np.float32))
     return path
+
+
+def passing_chain(path, width=6, layers=4):
+    """Convolutions that pass their input on and add a little, each with a Clip to [0, 1] behind it."""
+    rng, constants, nodes, value = np.random.default_rng(2), {"zero": np.float32(0), "one": np.float32(1)}, [], "x"
+    for i in range(layers):
+        kernel = 0.02 * rng.standard_normal((width, width, 3, 3))
+        kernel[np.arange(width), np.arange(width), 1, 1] += 1
+        constants |= {f"{i}/kernel": kernel.astype(np.float32), f"{i}/bias": np.zeros(width, np.float32)}
+        out = "y" if i == layers - 1 else f"clipped{i}"
+        nodes += [node("Conv", f"{value} {i}/kernel {i}/bias", f"conv{i}", pads=[1, 1, 1, 1])]
+        nodes += [node("Clip", f"conv{i} zero one", out)]
+        value = out
+    return write_graph(path, nodes, {"x": [1, width, 8, 8]}, {"y": [1, width, 8, 8]}, constants)
+
+
+def flat_pictures(path, seed):
+    """Surfaces with an edge, in colours of their own."""
+    rng = np.random.default_rng(seed)
+    colours = rng.uniform(0.1, 0.9, (24, 2, 1, 6, 1, 1))
+    inside = (np.arange(8) >= rng.integers(2, 7, (24, 1))).reshape(24, 1, 1, 1, 8)
+    x = np.where(inside, colours[:, 0], colours[:, 1]) + 0.02 * rng.standard_normal((24, 1, 6, 8, 8))
+    np.savez(path, x=np.clip(x, 0, 1).astype(np.float32))
+    return path
