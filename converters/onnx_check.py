@@ -28,6 +28,10 @@ def _cpu_session(model: "str | bytes") -> Any:
     options.log_severity_level = 3
     # Otherwise a float weight between rounded activations is rounded too, to 8 bits, on its way into the session.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # A matrix is packed as it is used, out of the mapped file: packed at once, all of them are in memory a second time.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    # An arena keeps what it has had, and doubles when it is full.
+    options.enable_cpu_mem_arena = False
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

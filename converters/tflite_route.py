@@ -62,7 +62,8 @@ def to_tflite(graph: Graph) -> bytes:
     function = tf.function(converted, autograph=False, input_signature=signature)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([function.get_concrete_function()], function)
     try:
-        return converter.convert()
+        with _no_inlining():
+            return converter.convert()
     except Exception as error:  # TFLite raises its own ConverterError and bare Exceptions alike
         raise UserError(f"graph {graph.name}: TFLite cannot convert it: {first_line(error)}") from error
 
@@ -82,7 +83,7 @@ def to_onnx(tflite: Path) -> "onnx.ModelProto":
 
     _register_gelu()
     _register_clip()
-    with _quiet("tf2onnx"), warnings.catch_warnings():
+    with _quiet("tf2onnx"), _no_delegate(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TFLite's Python interpreter is deprecated; tf2onnx reads files with it
         try:
             model, _ = tf2onnx.convert.from_tflite(str(tflite), opset=TF2ONNX_OPSET)
@@ -99,6 +100,39 @@ def _quiet(logger: str):
         yield
     finally:
         logging.getLogger(logger).setLevel(level)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _no_inlining():
+    """TFLite's converter without TensorFlow's inlining, for which Grappler fills zeros into arrays of all weights.
+
+    There is one operator and nothing to inline: the file has the same bytes.
+    """
+    from tensorflow.python.framework import convert_to_constants
+
+    graph_of = lambda function, *options: function.graph.as_graph_def()
+    return _replaced(convert_to_constants, "_run_inline_graph_optimization", graph_of)
+
+
+def _no_delegate():
+    """TFLite's interpreter, of which tf2onnx reads the shapes and which runs nothing, without its default delegate.
+
+    XNNPACK allocates a workspace for the activations: some 6 GB of an image decoder of 640 x 1024 pixels.
+    """
+    import tensorflow as tf
+
+    plain = tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    interpreter = functools.partial(tf.lite.Interpreter, experimental_op_resolver_type=plain)
+    return _replaced(tf.lite, "Interpreter", interpreter)
 
 
 @functools.cache

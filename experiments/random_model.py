@@ -1,6 +1,6 @@
 """A model folder of random weights in the released layout: for tests, measurements and trying out a machine.
 
-    python -m experiments.random_model --output random_model
+    python -m experiments.random_model --output random_model [--components ssd_1b_vae,quicksrnet]
     python -m experiments.generate --model random_model --prompts prompts.txt --output videos
 
 `full` has the released sizes of Neodragon (DistilT5 and ContextAdapter, both CLIPs, 18 blocks, the asymmetric VAE, and
@@ -15,13 +15,13 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nd_jax.errors import run_command
+from nd_jax.errors import UserError, run_command
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 FIRST_FRAME_TOKENIZERS = ("ssd_1b_tokenizer", "ssd_1b_tokenizer_2")
@@ -123,16 +123,23 @@ def component_configs(size: str) -> tuple[dict[str, tuple[Any, Any]], dict[str, 
 
 
 def random_params(network: Any, config: Any, rng: np.random.Generator, dtype: Any) -> Mapping[str, Any]:
-    """Numpy parameters under which activations keep their size: norm scales near 1, kernels N(0, 1 / fan in)."""
+    """Numpy parameters under which activations keep their size: norm scales near 1, kernels N(0, 1 / fan in).
+
+    T5 does not divide its logits by sqrt(d_kv), so its queries are as much smaller (as transformers initialises them).
+    Otherwise each token attends to one other, and rounding in float32 alone costs a full-size T5 60 dB.
+    """
     import jax
 
     from nd_jax.weights.networks import abstract_params
+
+    query_size = getattr(getattr(config, "encoder", config), "d_kv", 1) ** -0.5
 
     def leaf(path: tuple, spec: jax.ShapeDtypeStruct) -> np.ndarray:
         name, values, size = path[-1].key, np.empty(spec.shape, dtype), 0.1
         if name == "kernel":
             # Dense kernels may be stacked; those of convolutions are not.
             size = (spec.shape[-2] if len(spec.shape) < 4 else math.prod(spec.shape[:-1])) ** -0.5
+            size *= query_size if path[-2].key == "query" else 1
         flat = values.reshape(-1)
         # A few at a time: the stacked kernels of T5 XXL alone would need 8 GB in float32.
         for start in range(0, flat.size, RUN_VALUES):
@@ -146,11 +153,21 @@ def random_params(network: Any, config: Any, rng: np.random.Generator, dtype: An
     return jax.tree_util.tree_map_with_path(leaf, abstract_params(network, config))
 
 
-def write_random_model(folder: Path, size: str, seed: int = 0, dtype: Any = "bfloat16") -> dict[str, int]:
+def write_random_model(
+    folder: Path,
+    size: str,
+    seed: int = 0,
+    dtype: Any = "bfloat16",
+    components: Collection[str] | None = None,
+) -> dict[str, int]:
     """Writes the folder, one component after another: subfolder -> number of parameters.
 
+    Args:
+      components: only these. The seed's numbers go to them in the order of the folder, so that a component's weights
+        depend on which others are written.
+
     Raises:
-      UserError: a subfolder is there and is something else, or a full disk.
+      UserError: a component that the size does not have, a subfolder is there and is something else, or a full disk.
     """
     import jax
     import jax.numpy as jnp
@@ -162,6 +179,11 @@ def write_random_model(folder: Path, size: str, seed: int = 0, dtype: Any = "bfl
     from nd_jax.weights.folder import save_component
 
     parts, settings = component_configs(size)
+    unknown = sorted(set(components or ()) - set(parts))
+    if unknown:
+        raise UserError(f"--components {','.join(unknown)}: size {size} has only {', '.join(parts)}")
+    if components is not None:
+        parts = {name: part for name, part in parts.items() if name in components}
     rng, counts = np.random.default_rng(seed), {}
     for name, (network, config) in parts.items():
         params = random_params(network, config, rng, jnp.dtype(dtype))
@@ -187,8 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="the model folder")
     parser.add_argument("--size", choices=SIZES, default="full", help="full: 10 GB, teacher: 16 GB (default full)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
+    parser.add_argument("--components", metavar="A,B", help="only these, separated by commas (default all)")
     args = parser.parse_args(argv)
-    counts = write_random_model(args.output, args.size, args.seed)
+    components = args.components.split(",") if args.components else None
+    counts = write_random_model(args.output, args.size, args.seed, components=components)
     summary = {"size": args.size, "seed": args.seed, "parameters": counts, "total": sum(counts.values())}
     from nd_jax.files import write_text
 

@@ -1,7 +1,9 @@
 """Export of the text encoder to ONNX: operators, names, agreement with JAX, residual scale, lint, errors."""
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import sys
 
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from converters import export_onnx, graphs, onnx_check, onnx_edit, onnx_lint, onnx_rewrite, residual_scale
+from converters import export_onnx, graphs, onnx_check, onnx_edit, onnx_lint, onnx_rewrite, residual_scale, tflite_route
 from converters.numerics import FP16_MAX, snr_db
 from nd_jax.errors import UserError, run_command
 from nd_jax.models.context_adapter import ContextAdapterConfig
@@ -48,6 +50,32 @@ def test_native_operators_replace_the_decomposed_ones(exported):
     assert ops.count("Reshape") == 4 * ENCODER.num_layers
     assert report["ops"]["MatMul"] == ops.count("MatMul")
     assert report["nodes"] == len(ops) < report["nodes_before_rewrite"] / 3
+
+
+def test_tflite_is_the_same_without_inlining(exported, monkeypatch):
+    folder, _ = exported
+    graph = graphs.load_graph("text_encoder", folder.parent / "model", graphs.GraphOptions(length=LENGTH))
+    ours = tflite_route.to_tflite(graph)
+    inlining = importlib.import_module("tensorflow.python.framework.convert_to_constants")
+    before = inlining._run_inline_graph_optimization
+    monkeypatch.setattr(tflite_route, "_no_inlining", contextlib.nullcontext)
+    assert tflite_route.to_tflite(graph) == ours
+    assert inlining._run_inline_graph_optimization is before
+
+
+def test_tf2onnx_reads_tflite_without_a_delegate(exported, monkeypatch):
+    tf, made = importlib.import_module("tensorflow"), []
+
+    class Recorded(tf.lite.Interpreter):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(tf.lite, "Interpreter", Recorded)
+    tflite_route.to_onnx(exported[0] / "text_encoder.tflite")
+    (interpreter,) = made
+    assert "DELEGATE" not in {op["op_name"] for op in interpreter._get_ops_details()}
+    assert tf.lite.Interpreter is Recorded
 
 
 def test_weights_are_named_by_their_path_in_one_external_file(exported):

@@ -63,6 +63,13 @@ def test_round_trip_is_bit_identical_and_runs_of_rows_do_not_matter(saved, monke
     assert np.array_equal(tensors["encoder.block.2.layer.1.DenseReluDense.wi_0.weight"], kernel[2].T)
 
 
+def test_parameters_are_where_jax_does_not_copy_them(saved):
+    leaves = jax.tree.leaves(load_component(saved[0]).params)
+    assert all(leaf.ctypes.data % folders.ALIGNMENT == 0 for leaf in leaves)
+    addresses = [jax.device_put(leaf).unsafe_buffer_pointer() for leaf in leaves]
+    assert addresses == [leaf.ctypes.data for leaf in leaves]
+
+
 def test_dtypes(saved, tmp_path):
     folder, params = saved
     half = load_component(folder, dtype=ml_dtypes.bfloat16)

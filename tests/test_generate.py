@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from experiments import generate
-from experiments.random_model import component_configs, write_random_model
+from experiments.random_model import component_configs, random_params, write_random_model
 from nd_jax.errors import UserError
 from nd_jax.generate import pipeline
 from nd_jax.generate.model_folder import GenerationSettings, open_model, read_settings
@@ -229,3 +229,19 @@ def test_random_weights_are_those_of_the_seed(folder, tmp_path):
     one, other = (load_component(root / name) for root in (folder / "tiny", tmp_path / "again"))
     jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
     assert one.config == other.config
+
+
+def test_random_queries_of_t5_are_smaller_and_those_of_clip_are_not():
+    parts, _ = component_configs("tiny")
+    draw = lambda name: random_params(*parts[name], np.random.default_rng(0), np.float32)
+    t5, clip = draw("text_encoder_3")["encoder"]["blocks"]["attention"], draw("text_encoder")["blocks"]["attention"]
+    assert t5["query"]["kernel"].std() == pytest.approx(t5["key"]["kernel"].std() / 8**0.5, rel=0.1)
+    assert clip["query"]["kernel"].std() == pytest.approx(clip["key"]["kernel"].std(), rel=0.1)
+
+
+def test_random_weights_of_a_few_components(tmp_path):
+    counts = write_random_model(tmp_path / "part", "tiny", components=["quicksrnet", "text_encoder"])
+    assert list(counts) == ["text_encoder", "quicksrnet"]
+    assert not (tmp_path / "part" / "causal_video_vae").exists()
+    with pytest.raises(UserError, match="causal_vae: size tiny has only text_encoder, "):
+        write_random_model(tmp_path / "none", "tiny", components=["causal_vae"])

@@ -7,6 +7,7 @@ written run by run. Peak memory is the component plus one run of rows.
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ from nd_jax.weights.sources import (
 from nd_jax.weights.table import Tensor, expand, flatten, unflatten
 
 BUFFER_LIMIT_BYTES = 1 << 20
+ALIGNMENT = 64  # bytes; of XLA's buffers
 OnBytes = Callable[[int], None]
 
 
@@ -156,11 +158,19 @@ def load_params(
     for tensor, keys in zip(tensors, present, strict=True):
         path = tensor.weight.path
         if path not in params:
-            params[path] = np.empty(shapes[path], dtypes[path])
+            params[path] = _empty(shapes[path], dtypes[path])
         # Ellipsis keeps a scalar a view.
         ours = params[path][...] if tensor.block is None else params[path][tensor.block, ...]
         _fill(tensor.weight.turn.theirs(ours), keys, source, where, on_bytes)
     return unflatten(params)
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """`numpy.empty` at an address that JAX computes on; it would copy others for every call, all parameters at once."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _param_dtypes(tensors: list[Tensor], present: list[list[str]], source: TensorSource) -> dict[str, np.dtype]:
