@@ -56,13 +56,35 @@ class Window:
     pads: tuple[int, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """Weights to round.
+
+    Attributes:
+      onnx_path: the float graph.
+      groups: where a layer looks -> the weights that look there.
+      weights: initializer -> value.
+      widths: where a layer looks -> numbers that a row of its weight multiplies; of those that are rounded.
+      samples: called for every pass over the inputs of the graph.
+      rng: of the patches.
+    """
+
+    onnx_path: Path
+    groups: Mapping[tuple[Window, ...], list[str]]
+    weights: Mapping[str, np.ndarray]
+    widths: Mapping[tuple[Window, ...], int]
+    samples: Callable[[], Iterable[Sample]]
+    rng: np.random.Generator
+
+
 def round_weights(
     onnx_path: Path, plan: PrecisionPlan, excluded: Iterable[str], samples: Callable[[], Iterable[Sample]], seed: int
 ) -> dict[str, Rounded]:
     """Initializer -> rounded weight; empty for a plan that rounds to nearest.
 
     Weights that are seen with fewer inputs than they have rows, such as those that only read the conditioning, are left
-    out and rounded to nearest: the samples say nothing about the rest. So are those with more than `MAX_WIDTH`.
+    out and rounded to nearest: the samples say nothing about the rest. So are those with more than `MAX_WIDTH`, or half
+    of it where layers are rounded in order.
 
     Args:
       onnx_path: the float graph.
@@ -86,57 +108,42 @@ def round_weights(
     # Moments of pairs have twice the sides.
     limit = MAX_WIDTH // 2 if plan.rounding == "sequential" else MAX_WIDTH
     widths = {windows: width for windows, width in widths.items() if width <= limit}
-    rng = np.random.default_rng(seed)
+    work = _Work(onnx_path, groups, weights, widths, samples, np.random.default_rng(seed))
     if plan.rounding == "sequential":
-        return _round_in_order(onnx_path, groups, weights, widths, samples, rng)
-    return _round_apart(onnx_path, groups, weights, widths, samples, rng, compensate=plan.rounding == "compensated")
+        return _round_in_order(work)
+    return _round_apart(work, compensate=plan.rounding == "compensated")
 
 
-def _round_apart(
-    onnx_path: Path,
-    groups: Mapping[tuple[Window, ...], list[str]],
-    weights: Mapping[str, np.ndarray],
-    widths: Mapping[tuple[Window, ...], int],
-    samples: Callable[[], Iterable[Sample]],
-    rng: np.random.Generator,
-    compensate: bool,
-) -> dict[str, Rounded]:
+def _round_apart(work: _Work, compensate: bool) -> dict[str, Rounded]:
     """Every layer on the inputs that it has in the float graph: `compensation`, or `learn_rounding`."""
     rounded = {}
-    for batch in batches(widths):
-        sums = _moments(onnx_path, batch, widths, samples(), rng)
+    for batch in batches(work.widths):
+        sums = _moments(work.onnx_path, batch, work.widths, work.samples(), work.rng)
         for windows in batch:
             total, count = sums.pop(windows)
-            if count < widths[windows]:
+            if count < work.widths[windows]:
                 continue
             total /= count
             made = compensation(total) if compensate else None
-            for name in groups[windows]:
-                rows = _rows(weights[name])
+            for name in work.groups[windows]:
+                rows = _rows(work.weights[name])
                 scales = channel_scales(rows)
                 steps = learn_rounding(rows, total, scales) if made is None else round_rows(rows, made, scales)
-                rounded[name] = _rounded(weights[name], steps, scales)
+                rounded[name] = _rounded(work.weights[name], steps, scales)
     return rounded
 
 
-def _round_in_order(
-    onnx_path: Path,
-    groups: Mapping[tuple[Window, ...], list[str]],
-    weights: Mapping[str, np.ndarray],
-    widths: Mapping[tuple[Window, ...], int],
-    samples: Callable[[], Iterable[Sample]],
-    rng: np.random.Generator,
-) -> dict[str, Rounded]:
+def _round_in_order(work: _Work) -> dict[str, Rounded]:
     """Every layer on the inputs that it has behind the layers that are rounded (`converters.sequential_rounding`)."""
     rounded: dict[str, Rounded] = {}
-    for windows, width in widths.items():
+    for windows, width in work.widths.items():
         made = {name: weight.weight() for name, weight in rounded.items()}
-        moments, count = _paired_moments(onnx_path, made, windows, width, samples, rng)
+        moments, count = _paired_moments(work, made, windows, width)
         if count < width:
             continue
         own, cross = moments[width:, width:], moments[:width, width:]
-        for name in groups[windows]:
-            rounded[name] = _rounded(weights[name], *asymmetric_rows(_rows(weights[name]), own, cross))
+        for name in work.groups[windows]:
+            rounded[name] = _rounded(work.weights[name], *asymmetric_rows(_rows(work.weights[name]), own, cross))
     return rounded
 
 
@@ -231,21 +238,16 @@ def _window_moments(window: Window, x: np.ndarray, limit: int, rng: np.random.Ge
 
 
 def _paired_moments(
-    onnx_path: Path,
-    weights: Mapping[str, np.ndarray],
-    windows: tuple[Window, ...],
-    width: int,
-    samples: Callable[[], Iterable[Sample]],
-    rng: np.random.Generator,
+    work: _Work, rounded: Mapping[str, np.ndarray], windows: tuple[Window, ...], width: int
 ) -> tuple[np.ndarray, int]:
     """Mean z z^T of z = (x, x^) over samples divided by their mean x^2, and the number of z; see `paired_values`."""
     total, count, limit = np.zeros((2 * width,) * 2), 0, -(-PATCHES // len(windows))
     names = list(dict.fromkeys(window.value for window in windows))
-    for values in paired_values(onnx_path, weights, names, samples):
+    for values in paired_values(work.onnx_path, rounded, names, work.samples):
         for name, x, made in values:
             for window in (window for window in windows if window.value == name):
                 both = np.concatenate([x, made], axis=1 if window.size else -1)
-                moments, number = _window_moments(window, both, limit, rng)
+                moments, number = _window_moments(window, both, limit, work.rng)
                 total += moments / max(float(np.mean(np.square(x))), 1e-12)
                 count += number
     return total / max(count, 1), count
