@@ -120,21 +120,25 @@ def _rows_before(output: Path, model: Path) -> dict[tuple[str, str, str], dict[s
 
 
 def _choose(model: Path, graphs: Sequence[str] | None) -> tuple[str, list[str]]:
-    """(subfolder of the transformer, the graphs)."""
+    """(subfolder of the transformer, the graphs); named graphs need no more of the folder than they are made of."""
     from converters.bundle_manifest import graph_names
-    from converters.graphs import GRAPHS
+    from converters.graphs import GRAPHS, TRANSFORMER
     from converters.precision_plan import network_of
     from nd_jax.generate.first_frame import has_first_frame, open_first_frame
     from nd_jax.generate.model_folder import open_model
     from nd_jax.generate.super_resolution import has_super_resolution
 
+    if not model.is_dir():
+        raise UserError(f"{model}: no such folder; give a model folder in the released layout")
+    unknown = [name for name in graphs or () if network_of(name) not in GRAPHS]
+    if unknown:
+        raise UserError(f"graph {unknown[0]!r} does not exist; choose among {', '.join(sorted(GRAPHS))}")
+    if graphs is not None and not any(TRANSFORMER in GRAPHS[network_of(name)][0] for name in graphs):
+        return TRANSFORMER, list(graphs)
     opened = open_model(model)
     if graphs is None:
         first = open_first_frame(model) if opened.mode == "hybrid" and has_first_frame(model) else None
         graphs = graph_names(opened, first, has_super_resolution(model))
-    unknown = [name for name in graphs if network_of(name) not in GRAPHS]
-    if unknown:
-        raise UserError(f"graph {unknown[0]!r} does not exist; choose among {', '.join(sorted(GRAPHS))}")
     return opened.parts["transformer"], list(graphs)
 
 
