@@ -33,20 +33,21 @@ class PrecisionPlan:
         "adaround" (`converters.adaround`).
       float_attention: leave `attention_core` in FP16: of a product of two activations the HTP takes the second with 8
         bits, which turns 83 dB into 40.
-      float_norms: leave `group_norms` in FP16: on integers the HTP computes some of them wrong, without a word (0 dB).
+      split_norms: take group norms to pieces (`converters.split_norms`): on integers the HTP computes some of them
+        wrong, without a word (0 dB).
       may_keep_float: as `keep_float`, for what some graphs of the plan do not have.
     """
 
     keep_float: tuple[str, ...] = ()
     rounding: str = "nearest"
     float_attention: bool = False
-    float_norms: bool = False
+    split_norms: bool = False
     may_keep_float: tuple[str, ...] = ()
 
 
 # Rounded to nearest, the weights of the three stages are the same integers, and one binary can share them.
 _STAGE = PrecisionPlan(float_attention=True, may_keep_float=("*context_embedder*",))
-_PICTURES = PrecisionPlan(rounding="compensated", float_attention=True, float_norms=True)
+_PICTURES = PrecisionPlan(rounding="compensated", float_attention=True, split_norms=True)
 PLANS = {
     "decoder_stream": PrecisionPlan(rounding="compensated"),
     "mmdit_stage0": _STAGE,
@@ -105,7 +106,6 @@ def excluded_nodes(plan: PrecisionPlan, model: "onnx.ModelProto") -> list[str]:
     """
     kept = set(float_nodes(plan, [node.name for node in model.graph.node]))
     kept |= attention_core(model) if plan.float_attention else set()
-    kept |= group_norms(model) if plan.float_norms else set()
     return [node.name for node in model.graph.node if node.name in kept]
 
 
@@ -139,32 +139,3 @@ def attention_core(model: "onnx.ModelProto") -> set[str]:
         if node.op_type == "Softmax":
             core |= {node.name} | to_product(node, before) | to_product(node, behind)
     return core
-
-
-def group_norms(model: "onnx.ModelProto") -> set[str]:
-    """Names of the nodes of every group norm, from its Reshape to its scale and bias, and of a SiLU that follows it.
-
-    Leaving out less is not enough: with the norm alone in FP16, a convolution behind its SiLU was wrong.
-    """
-    producers = {name: node for node in model.graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    found: set[str] = set()
-    for norm in model.graph.node:
-        if norm.op_type != "InstanceNormalization":
-            continue
-        before = producers.get(norm.input[0])
-        found |= {norm.name} | ({before.name} if before is not None and before.op_type == "Reshape" else set())
-        node = norm
-        for op in ("Reshape", "Mul", "Add"):
-            behind = [reader for reader in readers.get(node.output[0], []) if reader.op_type == op]
-            if len(behind) != 1:
-                break
-            node = behind[0]
-            found.add(node.name)
-        behind = readers.get(node.output[0], [])
-        if sorted(reader.op_type for reader in behind) == ["Mul", "Sigmoid"]:
-            found |= {reader.name for reader in behind}
-    return found

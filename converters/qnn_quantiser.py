@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from converters.norm_scale import scale_norms
 from converters.shared_ranges import wider_than_clip
 from converters.weight_rounding import Rounded
 
@@ -42,7 +41,6 @@ def write_qdq(
         for tensor in model.graph.initializer:
             if tensor.name in rounded:
                 tensor.CopyFrom(onnx.numpy_helper.from_array(rounded[tensor.name].weight(), tensor.name))
-        ranges = scale_norms(model, ranges, excluded)
         separate_constants(model, excluded)
         overrides = _weight_overrides(model, excluded, rounded)
         keep_clips = bool(wider_than_clip(model, ranges))

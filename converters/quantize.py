@@ -8,6 +8,7 @@ what accuracy there will be, and which half of the error costs it, and writes th
 """
 
 import argparse
+import contextlib
 import fnmatch
 import itertools
 import sys
@@ -25,7 +26,8 @@ from converters.packages import need
 from converters.precision_plan import PrecisionPlan
 from converters.progress import stages
 from converters.samples import Sample, count_samples, each_sample, input_specs, read_model
-from converters.shared_ranges import Range, share_ranges
+from converters.shared_ranges import HEADROOM, Range, share_ranges
+from converters.split_norms import SplitNorms, split_norms
 from nd_jax.errors import UserError, run_command
 
 # Samples that the error is estimated on, out of those for calibration.
@@ -79,20 +81,31 @@ def quantize_graph(
     carried = qdq.carried_states(model)
     if output.suffix != ".onnx" or output.resolve() == onnx_path.resolve():
         raise UserError(f"{output}: give another file that ends in .onnx")
-    with stages(4 if estimate else 5) as begin, replacing_files(output.parent, output.name) as folder:
+    with (
+        stages(4 if estimate else 5) as begin,
+        replacing_files(output.parent, output.name) as folder,
+        contextlib.ExitStack() as stack,
+    ):
         begin("ranges")
-        extremes = onnx_check.value_extremes(onnx_path, samples())
+        norms = SplitNorms(onnx_path)
+        if plan.split_norms:
+            norms = stack.enter_context(split_norms(onnx_path, samples, excluded))
+            model, excluded = read_model(norms.path), [*excluded, *norms.roots]
+        extremes = onnx_check.value_extremes(norms.path, samples())
         _check_ranges(extremes, calibration)
+        extremes |= {
+            name: (HEADROOM * low, HEADROOM * high) for name in norms.variances for low, high in [extremes[name]]
+        }
         ranges = share_ranges(model, extremes, carried, _matching(overrides or {}, extremes))
         begin("weights")
-        rounded = weight_rounding.round_weights(onnx_path, plan, excluded, samples, seed)
+        rounded = weight_rounding.round_weights(norms.path, plan, [*excluded, *norms.sums], samples, seed)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             begin("quantise")
             qdq_path = Path(scratch) / "qdq.onnx"
-            qnn_quantiser.write_qdq(onnx_path, qdq_path, ranges, excluded, rounded)
+            qnn_quantiser.write_qdq(norms.path, qdq_path, ranges, excluded, rounded)
             del rounded
             begin("estimate the error")
-            snr = _error(onnx_path, qdq_path, list(itertools.islice(samples(), CHECKED)))
+            snr = _error(norms.path, qdq_path, list(itertools.islice(samples(), CHECKED)))
             report = {
                 "onnx": onnx_path.name,
                 "precision": "w8a16",

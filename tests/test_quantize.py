@@ -145,47 +145,6 @@ def test_nodes_in_float_have_constants_of_their_own(tmp_path):
     onnx.checker.check_model(model)
 
 
-def group_norm(path, size):
-    """Of a picture whose numbers are about `size`, with scale, bias and SiLU."""
-    rng = np.random.default_rng(2)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    constants = {"kernel": size * draw(8, 3, 1, 1), "one": np.ones(2, np.float32), "zero": np.zeros(2, np.float32)}
-    constants |= {"groups": np.array([1, 2, 4 * 64]), "picture": np.array([1, 8, 8, 8])}
-    constants |= {"scale": 1 + 0.2 * draw(8, 1, 1), "bias": draw(8, 1, 1), "out": draw(4, 8, 1, 1)}
-    nodes = [
-        node("Conv", "x kernel", "a"),
-        node("Reshape", "a groups", "rows"),
-        node("InstanceNormalization", "rows one zero", "normed", epsilon=1e-6),
-        node("Reshape", "normed picture", "back"),
-        node("Mul", "back scale", "scaled"),
-        node("Add", "scaled bias", "shifted"),
-        node("Sigmoid", "shifted", "gate"),
-        node("Mul", "shifted gate", "silu"),
-        node("Conv", "silu out", "y"),
-    ]
-    return write_graph(path, nodes, {"x": [1, 3, 8, 8]}, {"y": [1, 4, 8, 8]}, constants)
-
-
-def test_group_norms_are_found_with_their_silu(tmp_path):
-    model = onnx.load(str(group_norm(tmp_path / "g.onnx", 1)))
-    inside = {n.name for n in model.graph.node if n.op_type != "Conv"}
-    assert precision_plan.group_norms(model) == inside
-    assert precision_plan.excluded_nodes(precision_plan.PLANS["vae_encoder"], model)
-    assert precision_plan.excluded_nodes(PrecisionPlan(), model) == []
-
-
-@pytest.mark.parametrize("size", [1.0, 3e5])
-def test_norms_in_fp16_of_numbers_beyond_fp16(size, pictures, tmp_path):
-    source = group_norm(tmp_path / "g.onnx", size)
-    report = quantize.quantize_graph(source, pictures, tmp_path / "q.onnx", PrecisionPlan(float_norms=True))
-    added = [n for n in onnx.load(str(tmp_path / "q.onnx")).graph.node if n.name == "Mul:normed/scaled"]
-    assert len(added) == (size > 1)
-    assert report["snr_db"]["activations_only"]["y"] > 60
-    if added:  # In FP16 nothing but this product can keep the norm from saturation.
-        made = compile_hexagon.compile_graph(tmp_path / "q.onnx", tmp_path / "bin", "8-elite", 2, pictures, source)
-        assert made["simulator"]["snr_db"]["y"] == pytest.approx(report["snr_db"]["quantised"]["y"], abs=3)
-
-
 # --- ranges -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,124 @@
+"""Group norms of quantised graphs: sums on integers, the root in FP16, right where the HTP's own norm is wrong."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from converters import compile_hexagon, onnx_check, precision_plan, quantize
+from converters.precision_plan import PrecisionPlan
+from converters.split_norms import powers_of_two, split_norms
+from nd_jax.errors import UserError
+from tests.quantize_case import node, write_graph
+
+SPLIT = PrecisionPlan(split_norms=True)
+
+
+def group_norm(path, sizes=(1.0, 1.0), height=8, width=8, behind=True):
+    """Of a picture of 8 channels whose two groups have numbers of about `sizes`, with scale, bias and SiLU."""
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    kernel = draw(8, 3, 1, 1) * np.repeat(sizes, 4).astype(np.float32)[:, None, None, None]
+    constants = {"kernel": kernel, "one": np.ones(2, np.float32), "zero": np.zeros(2, np.float32)}
+    constants |= {"groups": np.array([1, 2, 4 * height * width]), "picture": np.array([1, 8, height, width])}
+    constants |= {"scale": 1 + 0.2 * draw(8, 1, 1), "bias": draw(8, 1, 1), "out": draw(4, 8, 1, 1)}
+    nodes = [
+        node("Conv", "x kernel", "a"),
+        node("Reshape", "a groups", "rows"),
+        node("InstanceNormalization", "rows one zero", "normed", epsilon=1e-6),
+        node("Reshape", "normed picture", "back"),
+        node("Mul", "back scale", "scaled"),
+        node("Add" if behind else "Sub", "scaled bias", "shifted"),
+        node("Sigmoid", "shifted", "gate"),
+        node("Mul", "shifted gate", "silu"),
+        node("Conv", "silu out", "y"),
+    ]
+    ends = {"x": [1, 3, height, width]}, {"y": [1, 4, height, width]}
+    return write_graph(path, nodes, *ends, constants)
+
+
+def write_samples(path, height=8, width=8, count=4, spread=1.0):
+    rng = np.random.default_rng(1)
+    stack = spread * rng.standard_normal((count, 1, 3, height, width)).astype(np.float32)
+    np.savez(path, x=stack)
+    return path, [{"x": x} for x in stack]
+
+
+@pytest.mark.parametrize("sizes", [(1e-4, 1e-4), (1.0, 1.0), (3e5, 3e5), (1e3, 4.0)])
+def test_it_is_the_same_norm_with_variances_near_one(sizes, tmp_path):
+    source, (_, samples) = group_norm(tmp_path / "g.onnx", sizes), write_samples(tmp_path / "x.npz")
+    with split_norms(source, lambda: samples) as norms:
+        assert onnx_check.worst_snr_db(
+            onnx_check.run_on_cpu(source, samples), onnx_check.run_on_cpu(norms.path, samples)
+        )["y"] > (60 if sizes[0] == 1e-4 else 90)
+        variances = next(onnx_check.inner_values(norms.path, ["normed/variance"], samples))
+        assert all(0.2 < number < 5 for _, v in variances for number in v.reshape(-1))
+        model = onnx.load(str(norms.path))
+        assert not [n for n in model.graph.node if n.op_type in ("InstanceNormalization", "Reshape")]
+        names = {n.name for n in model.graph.node}
+        assert set(norms.roots) <= names and set(norms.sums) <= names and len(norms.sums) == 4
+        onnx.checker.check_model(model)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_sums_are_exact_in_eight_bits(tmp_path):
+    source, (_, samples) = group_norm(tmp_path / "g.onnx"), write_samples(tmp_path / "x.npz")
+    with split_norms(source, lambda: samples) as norms:
+        model = onnx.load(str(norms.path))
+        weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        for n in model.graph.node:
+            if n.name in norms.sums:
+                rows = weights[n.input[1]].reshape(len(weights[n.input[1]]), -1)
+                assert all(len(set(np.abs(row[row != 0]))) == 1 for row in rows)
+
+
+def test_powers_of_two():
+    np.testing.assert_array_equal(powers_of_two(np.array([4.0, 1.1, 0.3])), [2, 1, 0.5])
+    np.testing.assert_array_equal(powers_of_two(np.array([1.0, 0.0])), [1, 2.0**-12])
+    np.testing.assert_array_equal(powers_of_two(np.zeros(2)), [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "floor"), [((1e-4, 1e-4), 60), ((1.0, 1.0), 60), ((3e5, 3e5), 60), pytest.param((1e3, 4.0), 38, id="far")]
+)
+def test_quantised_on_the_simulator(sizes, floor, tmp_path):
+    """Numbers beyond FP16; and two groups of which 16 bits hold the numbers, of one to 8 bits, but not the squares."""
+    source, (path, _) = group_norm(tmp_path / "g.onnx", sizes), write_samples(tmp_path / "x.npz")
+    report = quantize.quantize_graph(source, path, tmp_path / "q.onnx", SPLIT)
+    assert report["snr_db"]["activations_only"]["y"] > floor
+    made = compile_hexagon.compile_graph(tmp_path / "q.onnx", tmp_path / "bin", "8-elite", 2, path, source)
+    assert made["simulator"]["snr_db"]["y"] == pytest.approx(report["snr_db"]["quantised"]["y"], abs=3)
+
+
+def test_a_sample_of_larger_variance_than_those_for_calibration(tmp_path):
+    """Its variance is 2.1 times as large; that of calibration alone would be the largest that integers hold."""
+    source, (path, _) = group_norm(tmp_path / "g.onnx"), write_samples(tmp_path / "x.npz")
+    quantize.quantize_graph(source, path, tmp_path / "q.onnx", SPLIT, float_ends=True)
+    _, larger = write_samples(tmp_path / "larger.npz", spread=1.45)
+    results = [onnx_check.run_on_cpu(graph, larger) for graph in (source, tmp_path / "q.onnx")]
+    assert onnx_check.worst_snr_db(*results)["y"] > 40
+
+
+def test_a_norm_of_another_form(tmp_path):
+    source, (path, _) = group_norm(tmp_path / "g.onnx", behind=False), write_samples(tmp_path / "x.npz")
+    message = (
+        "'InstanceNormalization:normed' is not a group norm between two Reshapes .* --keep-float leaves it in FP16"
+    )
+    with pytest.raises(UserError, match=message):
+        quantize.quantize_graph(source, path, tmp_path / "q.onnx", SPLIT)
+    plan = PrecisionPlan(split_norms=True, keep_float=("InstanceNormalization:normed",))
+    report = quantize.quantize_graph(source, path, tmp_path / "q.onnx", plan)
+    assert report["float_nodes"] == ["InstanceNormalization:normed"]
+
+
+def test_samples_that_are_not_finite(tmp_path):
+    source = group_norm(tmp_path / "g.onnx")
+    np.savez(tmp_path / "x.npz", x=np.full((2, 1, 3, 8, 8), np.nan, np.float32))
+    with pytest.raises(UserError, match="is not finite on these samples"):
+        quantize.quantize_graph(source, tmp_path / "x.npz", tmp_path / "q.onnx", SPLIT)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_graphs_of_pictures_are_split():
+    for name in ("unet", "image_decoder", "vae_encoder"):
+        assert precision_plan.PLANS[name].split_norms
