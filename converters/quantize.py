@@ -93,9 +93,8 @@ def quantize_graph(
             model, excluded = read_model(norms.path), [*excluded, *norms.roots]
         extremes = onnx_check.value_extremes(norms.path, samples())
         _check_ranges(extremes, calibration)
-        extremes |= {
-            name: (HEADROOM * low, HEADROOM * high) for name in norms.variances for low, high in [extremes[name]]
-        }
+        # The headroom of a square is the square of the headroom.
+        extremes |= {name: (0.0, HEADROOM * extremes[name][1]) for name in norms.variances}
         ranges = share_ranges(model, extremes, carried, _matching(overrides or {}, extremes))
         begin("weights")
         rounded = weight_rounding.round_weights(norms.path, plan, [*excluded, *norms.sums], samples, seed)

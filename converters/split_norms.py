@@ -3,8 +3,8 @@
     y = (x - m) / sqrt(v + eps) * scale + bias,    m, v: mean and variance of a group                     (1)
 
 On integers the HTP computes InstanceNormalization wrong at some sizes, without a word, and one in FP16 between integers
-makes the compiler move the picture five to eight times. Sums over columns, over rows, and over the channels of a group (a
-1 x 1 convolution) are neither.
+makes the compiler move the picture five to eight times. Sums over columns, over rows, and over the channels of a group
+(a 1 x 1 convolution) do neither.
 
 Squares need twice the bits. So each group is divided by a power of two c about its standard deviation on the samples,
 
@@ -71,7 +71,7 @@ def split_norms(
     """Equation 2 for every group norm of a float graph; the file is deleted at the end.
 
     Args:
-      onnx_path: of `converters.export_onnx`, where a group norm is Reshape, InstanceNormalization, Reshape, scale, bias.
+      onnx_path: of `converters.export_onnx`, whose group norms are Reshape, InstanceNormalization, Reshape, Mul, Add.
       samples: called for one pass over the inputs of the graph.
       keep: names of nodes that stay as they are.
 
