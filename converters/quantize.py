@@ -26,7 +26,7 @@ from converters.packages import need
 from converters.precision_plan import PrecisionPlan
 from converters.progress import stages
 from converters.samples import Sample, count_samples, each_sample, input_specs, read_model
-from converters.shared_ranges import HEADROOM, Range, share_ranges
+from converters.shared_ranges import Range, share_ranges
 from converters.split_norms import SplitNorms, split_norms
 from nd_jax.errors import UserError, run_command
 
@@ -93,8 +93,7 @@ def quantize_graph(
             model, excluded = read_model(norms.path), [*excluded, *norms.roots]
         extremes = onnx_check.value_extremes(norms.path, samples())
         _check_ranges(extremes, calibration)
-        # The headroom of a square is the square of the headroom.
-        extremes |= {name: (0.0, HEADROOM * extremes[name][1]) for name in norms.variances}
+        extremes |= {name: tuple(more * limit for limit in extremes[name]) for name, more in norms.headroom.items()}
         ranges = share_ranges(model, extremes, carried, _matching(overrides or {}, extremes))
         begin("weights")
         rounded = weight_rounding.round_weights(norms.path, plan, [*excluded, *norms.sums], samples, seed)

@@ -24,11 +24,20 @@ import numpy as np
 
 from converters import onnx_check
 from converters.samples import Sample
+from converters.shared_ranges import HEADROOM
 from nd_jax.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
 
+# Operators and what they make, in FP16.
+ROOT = (("Add", "padded"), ("Sqrt", "deviation"), ("Div", "inverse"))
+# What is wider than on the samples: squares, by the square of the headroom of other values; and 1 / sqrt(v), which is
+# larger in a picture of less contrast, by three bits of sixteen.
+WIDER = {
+    **dict.fromkeys(("square", "row_variance", "channel_variance", "variance"), HEADROOM),
+    **dict.fromkeys(("inverse", "factor"), 8.0),
+}
 # A group whose numbers are so much smaller than those of the largest is not told from zero by 16 bits anyway.
 SMALLEST = 2.0**-12
 
@@ -41,13 +50,13 @@ class SplitNorms:
       path: the graph, beside the original and with its external data.
       roots: nodes that stay in FP16.
       sums: convolutions that add up or spread groups, whose weights 8 bits hold exactly.
-      variances: values whose range grows with the square of the picture's.
+      headroom: value -> by how much its range must be wider than that of others.
     """
 
     path: Path
     roots: tuple[str, ...] = ()
     sums: tuple[str, ...] = ()
-    variances: tuple[str, ...] = ()
+    headroom: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +103,9 @@ def split_norms(
         onnx.save(model, str(path))
         yield SplitNorms(
             path,
-            roots=tuple(f"{op}:{norm.name}/{op}" for norm in norms for op in ("Add", "Sqrt", "Div")),
+            roots=tuple(f"{op}:{norm.name}/{value}" for norm in norms for op, value in ROOT),
             sums=tuple(node.name for node in model.graph.node if node.name.startswith("Conv:group_sum/")),
-            variances=tuple(
-                f"{norm.name}/{value}"
-                for norm in norms
-                for value in ("square", "row_variance", "channel_variance", "variance")
-            ),
+            headroom={f"{norm.name}/{value}": more for norm in norms for value, more in WIDER.items()},
         )
     finally:
         path.unlink(missing_ok=True)
@@ -172,15 +177,14 @@ def _split(model: "onnx.ModelProto", norm: _Norm) -> None:
 
     spread = constant(f"group_spread/{norm.channels}/{norm.groups}", member.swapaxes(0, 1))
     scale = constant(f"{name}/group_scale", member.swapaxes(0, 1) * norm.scale[:, None, None, None])
-    x = add(
-        "Mul", [norm.picture, constant(f"{name}/shrink", np.ones((1, norm.channels, 1, 1), np.float32))], f"{name}/x"
-    )
+    shrink = constant(f"{name}/shrink", np.ones((1, norm.channels, 1, 1), np.float32))
+    x = add("Mul", [norm.picture, shrink], f"{name}/x")
     centre = add("Conv", [mean(x, "mean"), spread], f"{name}/centre", "group_sum/")
     centred = add("Sub", [x, centre], f"{name}/centred")
     variance = mean(add("Mul", [centred, centred], f"{name}/square"), "variance")
     epsilon = constant(f"{name}/epsilon", np.full((1, norm.groups, 1, 1), norm.epsilon, np.float32))
-    root = add("Sqrt", [add("Add", [variance, epsilon], f"{name}/Add")], f"{name}/Sqrt")
-    inverse = add("Div", [constant(f"{name}/one", np.ones((1, 1, 1, 1), np.float32)), root], f"{name}/Div")
+    deviation = add("Sqrt", [add("Add", [variance, epsilon], f"{name}/padded")], f"{name}/deviation")
+    inverse = add("Div", [constant(f"{name}/one", np.ones((1, 1, 1, 1), np.float32)), deviation], f"{name}/inverse")
     factor = add("Conv", [inverse, scale], f"{name}/factor", "group_sum/")
     scaled = add("Mul", [centred, factor], f"{name}/scaled")
     add("Add", [scaled, norm.bias], norm.nodes[-1].output[0])

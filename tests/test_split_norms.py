@@ -90,11 +90,12 @@ def test_quantised_on_the_simulator(sizes, floor, tmp_path):
     assert made["simulator"]["snr_db"]["y"] == pytest.approx(report["snr_db"]["quantised"]["y"], abs=3)
 
 
-def test_a_sample_of_larger_variance_than_those_for_calibration(tmp_path):
-    """Its variance is 2.1 times as large; that of calibration alone would be the largest that integers hold."""
+@pytest.mark.parametrize("spread", [1.45, 0.15])
+def test_a_sample_of_another_contrast_than_those_for_calibration(spread, tmp_path):
+    """Variances of 2.1 or 0.02 of theirs, whose ranges alone would clip the variance or its root."""
     source, (path, _) = group_norm(tmp_path / "g.onnx"), write_samples(tmp_path / "x.npz")
     quantize.quantize_graph(source, path, tmp_path / "q.onnx", SPLIT, float_ends=True)
-    _, larger = write_samples(tmp_path / "larger.npz", spread=1.45)
+    _, larger = write_samples(tmp_path / "larger.npz", spread=spread)
     results = [onnx_check.run_on_cpu(graph, larger) for graph in (source, tmp_path / "q.onnx")]
     assert onnx_check.worst_snr_db(*results)["y"] > 40
 
