@@ -17,7 +17,11 @@ FIELDS = ("dram_read", "dram_write", "vtcm_read", "vtcm_write")
 
 
 def traffic(path: Path) -> dict[str, Any]:
-    """Bytes a call: {"dram_read_bytes", "dram_write_bytes", "vtcm_read_bytes", "vtcm_write_bytes", "operations"}.
+    """Bytes a call: {"dram_read_bytes", "dram_write_bytes", "vtcm_read_bytes", "vtcm_write_bytes", "operations",
+    "outside_read_bytes", "outside_write_bytes"}.
+
+    The last two are the part of the DRAM bytes that no DMA moves: of operators whose tensors are not in VTCM. Each
+    lists its whole tensors, also where presumably it works on a slice, so a large part says that the sum is too large.
 
     Raises:
       UserError: the file holds no operation with its traffic.
@@ -27,9 +31,12 @@ def traffic(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path.name}: the compiler's schematic lists no memory traffic; is onnxruntime-qnn another one?"
         )
-    totals = dict.fromkeys(FIELDS, 0)
+    totals = dict.fromkeys((*FIELDS, "outside_read", "outside_write"), 0)
     for operation in operations:
-        for name, value in _FIELD.findall(operation):
-            if name.decode() in totals:
-                totals[name.decode()] += int(value)
+        numbers = {name.decode(): int(value) for name, value in _FIELD.findall(operation)}
+        for name in FIELDS:
+            totals[name] += numbers.get(name, 0)
+        if not numbers.get("is_dma"):
+            totals["outside_read"] += numbers.get("dram_read", 0)
+            totals["outside_write"] += numbers.get("dram_write", 0)
     return {**{f"{name}_bytes": total for name, total in totals.items()}, "operations": len(operations)}

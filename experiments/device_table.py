@@ -285,15 +285,20 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     if exported:
         texts[3:5] = f"{exported['nodes']} ({exported['ops'].get('Transpose', 0)})", lowest(exported["snr_db"])
     if compiled:
-        moved = compiled["traffic"]
         texts[6:8] = f"{compiled['compile_cpu_seconds']:.1f}", f"{compiled['compile_peak_bytes'] / 1e9:.2f}"
-        texts[8:11] = (
-            f"{amount / 1e6:.3g}"
-            for amount in (compiled["binary_bytes"], moved["dram_read_bytes"], moved["dram_write_bytes"])
-        )
+        texts[8:11] = f"{compiled['binary_bytes'] / 1e6:.3g}", *_moved(compiled["traffic"])
     if simulator:
         seconds = simulator["step"]["cpu_seconds"] / simulator["samples"]
         texts[5], texts[11] = lowest(simulator["snr_db"]), f"{seconds:.1f}"
+    return texts
+
+
+def _moved(traffic: Mapping[str, int]) -> list[str]:
+    """Megabytes read and written, and the part of operators outside VTCM where it is a hundredth or more."""
+    texts = []
+    for kind in ("read", "write"):
+        total, outside = traffic[f"dram_{kind}_bytes"], traffic.get(f"outside_{kind}_bytes", 0)
+        texts.append(f"{total / 1e6:.3g}" + (f" (outside VTCM {outside / 1e6:.3g})" if outside > total / 100 else ""))
     return texts
 
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from converters import compile_hexagon, export_onnx, graphs, hexagon
+from converters import compile_hexagon, export_onnx, graphs, hexagon, schematic
 from nd_jax.errors import UserError, run_command
 from tests.tiny_text_encoder import LENGTH, components
 
@@ -239,3 +239,19 @@ def test_faults_of_a_report():
     ):
         (fault,) = compile_hexagon.faults({"simulator": {**good, **change}}, 45)
         assert phrase in fault and fault.startswith("y ")
+
+
+def test_what_is_outside_vtcm_is_counted_apart(tmp_path):
+    """Bytes that a DMA moves, and those of an operator that lists its whole tensors in DRAM."""
+    fields = lambda **more: "".join(f'"{name}": {value}, ' for name, value in more.items())
+    path = tmp_path / "g_schematic.bin"
+    lines = [
+        '{"opid" : 0x1 ,' + fields(is_dma=1, dram_read=100, dram_write=0, vtcm_read=0, vtcm_write=100) + "}",
+        '{"opid" : 0x2a ,' + fields(is_dma=0, dram_read=7, dram_write=3, vtcm_read=1, vtcm_write=0) + "}",
+    ]
+    path.write_text("\n".join(["graph", *lines, ""]))
+    expected = {"dram_read_bytes": 107, "dram_write_bytes": 3, "vtcm_read_bytes": 1, "vtcm_write_bytes": 100}
+    assert schematic.traffic(path) == {**expected, "outside_read_bytes": 7, "outside_write_bytes": 3, "operations": 2}
+    path.write_text("nothing")
+    with pytest.raises(UserError, match="lists no memory traffic"):
+        schematic.traffic(path)

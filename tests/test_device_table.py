@@ -170,6 +170,14 @@ def test_a_row_fails_and_the_next_one_follows(tmp_path, in_process, capsys):
     assert not list((tmp_path / "table" / "clip_l").glob("*.data"))
 
 
+def test_traffic_names_what_is_outside_vtcm():
+    traffic = {"dram_read_bytes": 102_000_000, "outside_read_bytes": 98_000_000}
+    traffic |= {"dram_write_bytes": 6_500_000, "outside_write_bytes": 20_000}
+    compiled = {"compile_cpu_seconds": 1.0, "compile_peak_bytes": 2e9, "binary_bytes": 3e6, "traffic": traffic}
+    row = {"graph": "unet", "precision": "fp16", "inputs": "random", "compile": compiled}
+    assert device_table.cells(row)[8:11] == ["3", "102 (outside VTCM 98)", "6.5"]
+
+
 def test_bad_choices(tmp_path, capsys):
     write_random_model(tmp_path / "model", "tiny", dtype="float32")
     call = lambda *more: device_table.main(["--model", str(tmp_path / "model"), "--output", str(tmp_path / "t"), *more])
