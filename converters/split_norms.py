@@ -115,6 +115,7 @@ def _find(model: "onnx.ModelProto", onnx_path: Path, keep: Collection[str]) -> l
     import onnx
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    ends = {value.name for value in model.graph.output}
     shapes = {
         value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
         for value in (*model.graph.input, *model.graph.value_info, *model.graph.output)
@@ -136,7 +137,12 @@ def _find(model: "onnx.ModelProto", onnx_path: Path, keep: Collection[str]) -> l
         factors = [name for node in nodes[3:] for name in node.input if name in constants]
         ops = [node.op_type for node in nodes if node is not None]
         whole = ops == ["Reshape", "InstanceNormalization", "Reshape", "Mul", "Add"] and len(factors) == 2
-        if not whole or shapes[picture] != shapes[nodes[2].output[0]] or len(shapes[picture]) != 4:
+        if (
+            not whole
+            or any(node.output[0] in ends for node in nodes[:-1])
+            or shapes[picture] != shapes[nodes[2].output[0]]
+            or len(shapes[picture]) != 4
+        ):
             raise UserError(
                 f"{onnx_path}: {norm.name!r} is not a group norm between two Reshapes with a scale and a bias of the "
                 "channels behind it; --keep-float leaves it in FP16"
