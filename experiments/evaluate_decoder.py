@@ -79,6 +79,13 @@ def evaluate_decoder(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def describe(args: argparse.Namespace, result: dict[str, Any]) -> str:
+    """The closing line."""
+    names = [name for name in ("student", "native") if name in result]
+    shown = "; ".join(f"{n} {result[n]['psnr_db']['mean']:.2f} dB, SSIM {result[n]['ssim']['mean']:.3f}" for n in names)
+    return f"{result['clips']} clips: {shown}: {args.output / RESULT}"
+
+
 class _Decoder:
     """Latents [B, T, h, w, C] -> video, and how many parameters do it."""
 

@@ -137,6 +137,14 @@ def evaluate_rollouts(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def describe(args: argparse.Namespace, result: dict[str, Any]) -> str:
+    """The closing line."""
+    shown = "; ".join(
+        f"{name} cosine {mean_and_spread(found['video_cosine'], 3)}" for name, found in result["students"].items()
+    )
+    return f"{result['prompts']} prompts: {shown}: {args.output / REPORT}"
+
+
 def _prompts(args: argparse.Namespace, settings: Any) -> list[str]:
     from nd_jax.data.prompts import PromptSource
     from nd_jax.data.toy_world import ToyWorld

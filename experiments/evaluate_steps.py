@@ -85,6 +85,11 @@ def evaluate_steps(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def describe(args: argparse.Namespace, result: dict[str, Any]) -> str:
+    """The closing line."""
+    return f"step {result['step']}: {', '.join(result['columns'])}: {args.output / PICTURE}"
+
+
 def _write(path: Path, picture: np.ndarray) -> None:
     from PIL import Image
 

@@ -72,6 +72,12 @@ def evaluate_velocity(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def describe(args: argparse.Namespace, result: dict[str, Any]) -> str:
+    """The closing line."""
+    shown = "; ".join(f"{name} {found['velocity_error']:.4f}" for name, found in result["models"].items())
+    return f"velocity error of {result['rows']} rows: {shown}: {args.output / RESULT}"
+
+
 def _measure(config: Mapping[str, Any], blocks: int, batches: list[dict[str, np.ndarray]]) -> Callable:
     """Parameters of a transformer of so many blocks -> its errors. Transformers of one size share a program."""
     import jax

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import assemble, evaluate, evaluate_decoder, quickstart_device
+from experiments import assemble, evaluate_decoder, evaluate_toy_world, quickstart_device
 from experiments.quickstart_table import RESULTS, print_table, summarize_walk
 from experiments.stages import Stage, Stages, add_arguments, python, read_results, reader, run_walk
 from nd_jax.errors import run_command
@@ -124,7 +124,7 @@ def clips_stage(args: argparse.Namespace, name: str, model: Path, *given: object
     command = ["--model", model, *given, "--clips", args.clips, "--batch", min(args.clips, BATCH)]
     command = python("experiments.evaluate", "toy-world", *command, "--output", args.workdir / out)
     what = f"generate clips and read them: {name}"
-    return {f"clips_{name}": Stage(what, reader(args.workdir, out, evaluate.RESULT), command, out)}
+    return {f"clips_{name}": Stage(what, reader(args.workdir, out, evaluate_toy_world.RESULT), command, out)}
 
 
 # --- stages -----------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import quickstart_table as tables
-from experiments.evaluate import SHOWN_FRAMES
 from experiments.evaluate_decoder import PICTURE
+from experiments.evaluate_toy_world import SHOWN_FRAMES
 from experiments.quickstart_table import CUMULATIVE, FINAL, Notes, align, percent
 from nd_jax.generate.videos import write_video
 from nd_jax.report.curves import metric_series

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import evaluate, evaluate_rollouts, evaluate_velocity
+from experiments import evaluate_rollouts, evaluate_toy_world, evaluate_velocity
 from experiments.stages import Stage, Stages, add_arguments, python, read_results, reader, run_walk
 from experiments.tiny_prune_report import RESULTS, print_table, summarize_walk, write_prune_report
 from nd_jax.errors import UserError, run_command
@@ -103,7 +103,7 @@ def stages(args: argparse.Namespace) -> Stages:
         command = ["--model", teacher, *other, "--clips", clips, *batch(clips), "--output", work / "clips" / name]
         walked[f"clips_{name}"] = Stage(
             f"generate clips and read them: {name}",
-            read("clips", name, evaluate.RESULT),
+            read("clips", name, evaluate_toy_world.RESULT),
             python("experiments.evaluate", "toy-world", *command),
             f"clips/{name}",
         )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import evaluate, evaluate_steps
+from experiments import evaluate_steps, evaluate_toy_world
 from experiments.stages import Stage, Stages, add_arguments, python, read_results, reader, run_walk
 from experiments.tiny_steps_report import RESULTS, print_table, summarize_walk, write_steps_report
 from nd_jax.errors import UserError, run_command
@@ -77,7 +77,7 @@ def stages(args: argparse.Namespace) -> Stages:
         command = ["--model", folder, *more, "--clips", args.clips, "--batch", min(args.clips, BATCH)]
         walked[f"clips_{name}"] = Stage(
             f"generate clips and read them: {name}",
-            read("clips", name, evaluate.RESULT),
+            read("clips", name, evaluate_toy_world.RESULT),
             python("experiments.evaluate", "toy-world", *command, "--output", work / "clips" / name),
             f"clips/{name}",
         )

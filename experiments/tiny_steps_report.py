@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.evaluate import STRIPS
 from experiments.evaluate_steps import PICTURE
+from experiments.evaluate_toy_world import STRIPS
 from nd_jax.report.curves import metric_series
 from nd_jax.report.html import BarPlot, Block, Command, Image, LinePlot, Section, Series, Table, Text, write_report
 
