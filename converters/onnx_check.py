@@ -32,7 +32,10 @@ def _cpu_session(model: "str | bytes") -> Any:
     options.add_session_config_entry("session.disable_prepacking", "1")
     # An arena keeps what it has had, and doubles when it is full.
     options.enable_cpu_mem_arena = False
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    # Otherwise weights that are stored as integers are all turned into floats at once.
+    return ort.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+    )
 
 
 def worst_snr_db(references: list[Sample], results: list[Sample]) -> dict[str, float]:

@@ -8,7 +8,7 @@ A value x of encoding (scale, zero_point) is stored as
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -179,9 +179,8 @@ def _dequantized_constant(node: "ir.Node") -> "ir.Tensor":
     import onnx_ir as ir
 
     q, scale, zero_point = (value.const_value.numpy() for value in node.inputs)
-    axis = node.attributes.get_int("axis", 1)
-    shape = [-1 if i == axis else 1 for i in range(q.ndim)] if scale.ndim else []
-    return ir.tensor((q.astype(np.float32) - zero_point.astype(np.float32).reshape(shape)) * scale.reshape(shape))
+    zero_point = _along(node, zero_point.astype(np.float32), q.shape)
+    return ir.tensor((q.astype(np.float32) - zero_point) * _along(node, scale, q.shape))
 
 
 def _holds_weight(node: "ir.Node") -> bool:
@@ -193,6 +192,41 @@ def _holds_weight(node: "ir.Node") -> bool:
 def _weight_name(node: "ir.Node") -> str:
     """onnxruntime's quantiser stores weight W as W_quantized."""
     return node.inputs[0].name.removesuffix("_quantized")
+
+
+def set_weights(model: "ir.Model", weights: "Mapping[str, ir.TensorProtocol]") -> None:
+    """Gives a quantised graph the integers of float weights, rounded to the steps that it has for them.
+
+    They are computed when they are read, so that not all of them are in memory.
+
+    Args:
+      model: edited.
+      weights: name in the float graph -> weight.
+    """
+    import onnx_ir as ir
+
+    for node in model.graph:
+        if not (_holds_weight(node) and _weight_name(node) in weights):
+            continue
+        stored, weight = node.inputs[0], weights[_weight_name(node)]
+        steps = functools.partial(_steps, node, weight)
+        stored.const_value = ir.LazyTensor(steps, stored.dtype, weight.shape, name=stored.name)
+        stored.shape = weight.shape
+
+
+def _steps(node: "ir.Node", weight: "ir.TensorProtocol") -> "ir.Tensor":
+    import onnx_ir as ir
+
+    scale, zero_point = (value.const_value.numpy() for value in node.inputs[1:])
+    limits, scale = np.iinfo(zero_point.dtype), _along(node, scale, weight.shape)
+    steps = np.round(weight.numpy() / scale) + _along(node, zero_point, weight.shape)
+    return ir.tensor(np.clip(steps, limits.min, limits.max).astype(zero_point.dtype))
+
+
+def _along(node: "ir.Node", numbers: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """One number per channel, or one for all, to be broadcast over a weight."""
+    axis = node.attributes.get_int("axis", 1)
+    return numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))] if numbers.ndim else [])
 
 
 def with_float_weights(model: "ir.Model", weights: "Mapping[str, ir.TensorProtocol]") -> None:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from converters import qdq
 from converters.shared_ranges import wider_than_clip
-from converters.weight_rounding import Rounded
+from converters.weight_rounding import Rounded, output_axis
 
 if TYPE_CHECKING:
     import onnx
@@ -24,6 +25,9 @@ def write_qdq(
 ) -> None:
     """Float32 graph -> graph with QuantizeLinear and DequantizeLinear: uint16 activations, int8 weights per channel.
 
+    onnxruntime's quantiser would hold all weights as floats and as integers. It needs no more of a kernel than the
+    largest number of every channel, and gets a kernel of that; the integers are made as they are written.
+
     Args:
       onnx_path: the float graph.
       output: the file to write, with external data beside it; working files are put there for a moment.
@@ -32,19 +36,25 @@ def write_qdq(
       rounded: weights as integers, in place of rounding to nearest.
     """
     import onnx
+    import onnx_ir as ir
     from onnxruntime.quantization import CalibrationMethod, QuantType, quantize_static
     from onnxruntime.quantization.calibrate import TensorsData, save_tensors_data
     from onnxruntime.quantization.execution_providers.qnn import get_qnn_qdq_config
 
     with _quiet():
-        model = onnx.load(str(onnx_path))
-        for tensor in model.graph.initializer:
-            if tensor.name in rounded:
-                tensor.CopyFrom(onnx.numpy_helper.from_array(rounded[tensor.name].weight(), tensor.name))
+        # Shapes are taken from the whole kernels.
+        model = onnx.shape_inference.infer_shapes(onnx.load(str(onnx_path), load_external_data=False))
         separate_constants(model, excluded)
         overrides = _weight_overrides(model, excluded, rounded)
+        kernels = _kernels(model, excluded)
+        for value in [value for value in model.graph.value_info if value.name in kernels]:
+            model.graph.value_info.remove(value)
+        for tensor in model.graph.initializer:
+            array = onnx.numpy_helper.to_array(tensor, str(onnx_path.parent))
+            kept = _largest(array) if tensor.name in kernels else array
+            tensor.CopyFrom(onnx.numpy_helper.from_array(kept, tensor.name))
         keep_clips = bool(wider_than_clip(model, ranges))
-        source, cache = output.with_suffix(".float.onnx"), output.with_suffix(".ranges.json")
+        source, cache, small = (output.with_suffix(f".{end}") for end in ("float.onnx", "ranges.json", "small.onnx"))
         onnx.save(model, str(source), save_as_external_data=True, location=f"{source.name}.data")
         del model
         pairs = {name: (np.array(low, np.float32), np.array(high, np.float32)) for name, (low, high) in ranges.items()}
@@ -61,7 +71,7 @@ def write_qdq(
         )
         quantize_static(
             str(source),
-            str(output),
+            str(small),
             None,
             op_types_to_quantize=config.op_types_to_quantize,
             per_channel=config.per_channel,
@@ -73,8 +83,35 @@ def write_qdq(
             extra_options={**config.extra_options, "ForceQuantizeNoInputCheck": True},
             calibration_cache_path=cache,
         )
-        for file in (source, source.with_name(f"{source.name}.data")):
-            file.unlink(missing_ok=True)  # Without large weights there is no second one.
+    floats = ir.load(onnx_path).graph.initializers
+    weights = {name: floats[name].const_value for name in kernels}
+    for name in kernels & set(rounded):
+        make = lambda name=name: ir.tensor(rounded[name].weight())
+        weights[name] = ir.LazyTensor(make, ir.DataType.FLOAT, weights[name].shape)
+    model = ir.load(small)
+    qdq.set_weights(model, weights)
+    ir.save(model, output, external_data=f"{output.name}.data", size_threshold_bytes=1024)
+    for file in (source, small):
+        for one in (file, file.with_name(f"{file.name}.data")):
+            one.unlink(missing_ok=True)  # Without large weights there is no second one.
+
+
+def _kernels(model: "onnx.ModelProto", excluded: list[str]) -> set[str]:
+    """Constants that are the weight of quantised convolutions and matrix products, and nothing else."""
+    kept, rank = set(excluded), {"Conv": 4, "MatMul": 2}
+    ranks = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    found, others = set(), {output.name for output in model.graph.output}
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            kernel = i == 1 and node.name not in kept and name in ranks and ranks[name] == rank.get(node.op_type)
+            (found if kernel else others).add(name)
+    return found - others
+
+
+def _largest(weight: np.ndarray) -> np.ndarray:
+    """Largest absolute value of every output channel: [O, 1, 1, 1] of a kernel, [1, O] of a matrix."""
+    axis = output_axis(weight)
+    return np.abs(weight).max(axis=tuple(i for i in range(weight.ndim) if i != axis), keepdims=True)
 
 
 def _weight_overrides(

@@ -136,6 +136,30 @@ def test_block_on_the_simulator(quantised, block, tmp_path):
     assert compile_hexagon.faults(report, 30) == []
 
 
+def test_kernels_are_multiples_of_a_step_for_each_channel(quantised, block):
+    """The quantiser has seen the largest number of every channel only."""
+    model = onnx.load(str(quantised[0]))
+    floats = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(block[0])).graph.initializer}
+    arrays = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    checked = 0
+    for name, weight in floats.items():
+        if name.endswith("/kernel"):
+            scale = np.abs(weight).max(axis=0) / np.float32(127)
+            np.testing.assert_allclose(arrays[f"{name}_scale"], scale, rtol=1e-6)
+            steps = np.round(weight / arrays[f"{name}_scale"])
+            np.testing.assert_array_equal(arrays[f"{name}_quantized"], steps)
+            checked += 1
+    assert checked == 4
+
+
+def test_a_constant_of_two_uses_is_no_kernel(tmp_path):
+    nodes = [node("MatMul", "x c", "a"), node("MatMul", "a d", "b"), node("Add", "b c", "y")]
+    constants = {"c": np.ones((4, 4), np.float32), "d": np.ones((4, 4), np.float32)}
+    model = onnx.load(str(write_graph(tmp_path / "g.onnx", nodes, {"x": [4, 4]}, {"y": [4, 4]}, constants)))
+    assert qnn_quantiser._kernels(model, []) == {"d"}
+    assert qnn_quantiser._kernels(model, ["MatMul:b"]) == set()
+
+
 def test_nodes_in_float_have_constants_of_their_own(tmp_path):
     nodes = [node("Add", "x c", "a"), node("Add", "a c", "y")]
     path = write_graph(tmp_path / "g.onnx", nodes, {"x": [4]}, {"y": [4]}, {"c": np.ones(4, np.float32)})
