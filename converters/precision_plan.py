@@ -33,21 +33,18 @@ class PrecisionPlan:
         "adaround" (`converters.adaround`).
       float_attention: leave `attention_core` in FP16: of a product of two activations the HTP takes the second with 8
         bits, which turns 83 dB into 40.
-      split_norms: take group norms to pieces (`converters.split_norms`): on integers the HTP computes some of them
-        wrong, without a word (0 dB).
       may_keep_float: as `keep_float`, for what some graphs of the plan do not have.
     """
 
     keep_float: tuple[str, ...] = ()
     rounding: str = "nearest"
     float_attention: bool = False
-    split_norms: bool = False
     may_keep_float: tuple[str, ...] = ()
 
 
 # Rounded to nearest, the weights of the three stages are the same integers, and one binary can share them.
 _STAGE = PrecisionPlan(float_attention=True, may_keep_float=("*context_embedder*",))
-_PICTURES = PrecisionPlan(rounding="compensated", float_attention=True, split_norms=True)
+_PICTURES = PrecisionPlan(rounding="compensated", float_attention=True)
 PLANS = {
     "decoder_stream": PrecisionPlan(rounding="compensated"),
     "mmdit_stage0": _STAGE,

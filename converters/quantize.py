@@ -27,7 +27,7 @@ from converters.precision_plan import PrecisionPlan
 from converters.progress import stages
 from converters.samples import Sample, count_samples, each_sample, input_specs, read_model
 from converters.shared_ranges import Range, share_ranges
-from converters.split_norms import SplitNorms, split_norms
+from converters.split_norms import split_norms
 from nd_jax.errors import UserError, run_command
 
 # Samples that the error is estimated on, out of those for calibration.
@@ -87,10 +87,8 @@ def quantize_graph(
         contextlib.ExitStack() as stack,
     ):
         begin("ranges")
-        norms = SplitNorms(onnx_path)
-        if plan.split_norms:
-            norms = stack.enter_context(split_norms(onnx_path, samples, excluded))
-            model, excluded = read_model(norms.path), [*excluded, *norms.roots]
+        norms = stack.enter_context(split_norms(onnx_path, samples, excluded))
+        model, excluded = read_model(norms.path), [*excluded, *norms.roots]
         extremes = onnx_check.value_extremes(norms.path, samples())
         _check_ranges(extremes, calibration)
         extremes |= {name: tuple(more * limit for limit in extremes[name]) for name, more in norms.headroom.items()}

@@ -5,13 +5,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from converters import compile_hexagon, hexagon, onnx_check, precision_plan, quantize
+from converters import compile_hexagon, hexagon, onnx_check, quantize
 from converters.precision_plan import PrecisionPlan
 from converters.split_norms import powers_of_two, split_norms
 from nd_jax.errors import UserError
 from tests.quantize_case import node, write_graph
-
-SPLIT = PrecisionPlan(split_norms=True)
 
 
 def group_norm(path, sizes=(1.0, 1.0), height=8, width=8, channels=8, behind=True):
@@ -86,7 +84,7 @@ def test_powers_of_two():
 def test_quantised_on_the_simulator(sizes, floor, tmp_path):
     """Numbers beyond FP16; and two groups of which 16 bits hold the numbers, of one to 8 bits, but not the squares."""
     source, (path, _) = group_norm(tmp_path / "g.onnx", sizes), write_samples(tmp_path / "x.npz")
-    report = quantize.quantize_graph(source, path, tmp_path / "q.onnx", SPLIT)
+    report = quantize.quantize_graph(source, path, tmp_path / "q.onnx")
     assert report["snr_db"]["activations_only"]["y"] > floor
     made = compile_hexagon.compile_graph(tmp_path / "q.onnx", tmp_path / "bin", "8-elite", 2, path, source)
     assert made["simulator"]["snr_db"]["y"] == pytest.approx(report["snr_db"]["quantised"]["y"], abs=3)
@@ -96,7 +94,7 @@ def test_quantised_on_the_simulator(sizes, floor, tmp_path):
 def test_a_sample_of_another_contrast_than_those_for_calibration(spread, tmp_path):
     """Variances of 2.1 or 0.02 of theirs, whose ranges alone would clip the variance or its root."""
     source, (path, _) = group_norm(tmp_path / "g.onnx"), write_samples(tmp_path / "x.npz")
-    quantize.quantize_graph(source, path, tmp_path / "q.onnx", SPLIT, float_ends=True)
+    quantize.quantize_graph(source, path, tmp_path / "q.onnx", float_ends=True)
     _, larger = write_samples(tmp_path / "larger.npz", spread=spread)
     results = [onnx_check.run_on_cpu(graph, larger) for graph in (source, tmp_path / "q.onnx")]
     assert onnx_check.worst_snr_db(*results)["y"] > 40
@@ -106,7 +104,7 @@ def test_the_compiler_moves_the_picture_twice(tmp_path):
     """With the norm in FP16 between integers it was eleven times, and 1.4 GB outside VTCM by the plan."""
     source = group_norm(tmp_path / "g.onnx", (1.0,) * 32, 160, 256, 128)
     path, _ = write_samples(tmp_path / "x.npz", 160, 256, 1)
-    quantize.quantize_graph(source, path, tmp_path / "q.onnx", SPLIT)
+    quantize.quantize_graph(source, path, tmp_path / "q.onnx")
     traffic = hexagon.planned_traffic(tmp_path / "q.onnx", "8-elite")
     picture = 2 * 160 * 256 * 128
     assert traffic["outside_read_bytes"] == 0
@@ -119,8 +117,8 @@ def test_a_norm_of_another_form(tmp_path):
         "'InstanceNormalization:normed' is not a group norm between two Reshapes .* --keep-float leaves it in FP16"
     )
     with pytest.raises(UserError, match=message):
-        quantize.quantize_graph(source, path, tmp_path / "q.onnx", SPLIT)
-    plan = PrecisionPlan(split_norms=True, keep_float=("InstanceNormalization:normed",))
+        quantize.quantize_graph(source, path, tmp_path / "q.onnx")
+    plan = PrecisionPlan(keep_float=("InstanceNormalization:normed",))
     report = quantize.quantize_graph(source, path, tmp_path / "q.onnx", plan)
     assert report["float_nodes"] == ["InstanceNormalization:normed"]
 
@@ -129,10 +127,5 @@ def test_samples_that_are_not_finite(tmp_path):
     source = group_norm(tmp_path / "g.onnx")
     np.savez(tmp_path / "x.npz", x=np.full((2, 1, 3, 8, 8), np.nan, np.float32))
     with pytest.raises(UserError, match="is not finite on these samples"):
-        quantize.quantize_graph(source, tmp_path / "x.npz", tmp_path / "q.onnx", SPLIT)
+        quantize.quantize_graph(source, tmp_path / "x.npz", tmp_path / "q.onnx")
     assert not list(tmp_path.glob(".*"))
-
-
-def test_graphs_of_pictures_are_split():
-    for name in ("unet", "image_decoder", "vae_encoder"):
-        assert precision_plan.PLANS[name].split_norms
