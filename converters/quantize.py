@@ -64,8 +64,8 @@ def quantize_graph(
       ("quantised") and of its two halves ("weights_only", "activations_only"), in onnxruntime's CPU provider.
 
     Raises:
-      UserError: bad graph, calibration data, plan or override; a graph that stays in FP16; a carried state whose two
-        encodings differ.
+      UserError: bad graph, calibration data, plan or override; a graph that stays in FP16; a group norm of a form that
+        `converters.split_norms` does not know; a carried state whose two encodings differ.
     """
     need("onnx", "onnx_ir", "onnxruntime")
     onnx_path, output, start = Path(onnx_path), Path(output), time.perf_counter()
