@@ -10,7 +10,7 @@ by Adam from the v at which h is what floor has cut off, so that q = w. The firs
 H = mean x x^T, so that nothing but H has to be known of the inputs; it is taken in units of the error of nearest
 rounding, which makes L the same for all layers. b falls from 20 to 2, which drives every h to 0 or 1; in the first
 fifth of the iterations the second term is left out. `converters.rounding` goes through the weights once and may move
-one by more than a step; where the two were measured (docs/conversion.md) it was better, and much faster.
+one by more than a step; where the two were measured (docs/quantisation.md) it was better, and much faster.
 """
 
 import functools

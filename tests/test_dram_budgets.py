@@ -1,6 +1,6 @@
 """What a call may read from DRAM at the released size, by the Hexagon compiler's own plan.
 
-A graph that compiles and is right can still move forty times as much (docs/conversion.md): no number of a tiny graph
+A graph that compiles and is right can still move forty times as much (docs/routes.md): no number of a tiny graph
 would show it. Weights are random; nothing is run.
 """
 
