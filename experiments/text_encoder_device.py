@@ -27,6 +27,7 @@ import numpy as np
 
 from converters import (
     compile_hexagon,
+    device_layers,
     export_onnx,
     graphs,
     hexagon,
@@ -64,7 +65,7 @@ def random_params(network: networks.Network, config: Any, seed: int) -> dict[str
 
 def with_residual_peak(params: dict[str, Any], config: T5Config, length: int, peak: float, seed: int) -> dict[str, Any]:
     """DT5 parameters whose residual stream peaks at `peak` on random ids."""
-    encoder = {**params["encoder"], "blocks": graphs.block_slices(params["encoder"]["blocks"], config.num_layers)}
+    encoder = {**params["encoder"], "blocks": device_layers.unroll(params["encoder"]["blocks"])}
     encoder = {**residual_scale.fold(encoder, GROWTH), "token_embedding": encoder["token_embedding"]}
     sliced = {**encoder, "position_bias": graphs.position_bias(encoder["relative_bias"], length, config)}
     ids, mask = graphs.random_tokens(np.random.default_rng(seed), 4, length, config.vocab_size)

@@ -104,6 +104,65 @@ def test_imports_point_one_way(path):
     assert violations(module_name(path), file_imports(path)) == []
 
 
+def defined(path: Path) -> set[str]:
+    """Names that a module has: what its statements outside functions and classes bind, and modules of its folder."""
+    found = {entry.stem for entry in path.parent.iterdir()} if path.name == "__init__.py" else set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                found.add(child.name)
+            elif isinstance(child, (ast.Import, ast.ImportFrom)):
+                found.update((alias.asname or alias.name).partition(".")[0] for alias in child.names)
+            elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+                found.add(child.id)
+            elif not isinstance(child, ast.Lambda):
+                visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found
+
+
+def unknown_names(source: str, modules: dict[str, set[str]]) -> list[str]:
+    """What a source names of our modules and they do not have: by `from module import name`, or as `module.name`.
+
+    A name that the source also binds itself is not looked at.
+    """
+    tree, aliases, unknown = ast.parse(source), {}, []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in modules:
+            for alias in node.names:
+                if f"{node.module}.{alias.name}" in modules:
+                    aliases[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                elif alias.name not in modules[node.module]:
+                    unknown.append(f"{node.module}.{alias.name}")
+    bound = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    bound |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id not in bound:
+            module = aliases.get(node.value.id)
+            if module is not None and node.attr not in modules[module] and not node.attr.startswith("__"):
+                unknown.append(f"{module}.{node.attr}")
+    return unknown
+
+
+def test_every_name_of_another_module_is_there():
+    paths = sources(*TOP_LEVEL, "tests")
+    modules = {module_name(path): defined(path) for path in paths}
+    for name in list(modules):
+        for parent in (name.rpartition(".")[0], name.partition(".")[0]):
+            modules.setdefault(parent, {path.stem for path in (ROOT / parent.replace(".", "/")).glob("*")})
+    unknown = {module_name(path): unknown_names(path.read_text(encoding="utf-8"), modules) for path in paths}
+    assert {name: names for name, names in unknown.items() if names} == {}
+
+
+def test_the_check_of_names_itself():
+    modules = {"converters": {"graphs"}, "converters.graphs": {"encode"}}
+    source = "from converters import graphs\nfrom converters.graphs import encode, decode\ngraphs.encode(graphs.gone)"
+    assert unknown_names(source, modules) == ["converters.graphs.decode", "converters.graphs.gone"]
+    assert unknown_names(source.replace("decode", "encode as e") + "\ndef f(graphs): ...", modules) == []
+
+
 def test_every_package_of_nd_jax_has_a_rank():
     modules = {module_name(path).split(".")[1] for path in sources("nd_jax") if module_name(path) != "nd_jax"}
     assert modules, "no sources found: the paths of this test are wrong"
