@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from converters import graph_sizes, graphs, onnx_check, onnx_edit, onnx_lint, onnx_rewrite, qdq, tflite_route
+from converters import graph_sizes, graphs, onnx_check, onnx_edit, onnx_gelu, onnx_lint, onnx_rewrite, qdq, tflite_route
 from converters.graphs import Graph, GraphOptions
 from converters.numerics import FP16_MAX
 from converters.output_files import replacing_files, write_json
@@ -95,8 +95,8 @@ def convert(
     missing = onnx_rewrite.missing_native_ops(model, graph.native_ops)
     if missing:
         raise UserError(f"graph {graph.name}: native operators were not restored: {', '.join(missing)}")
-    if graph.expand_tanh_gelu:
-        rewrites["expand_tanh_gelu"] = onnx_rewrite.expand_tanh_gelu(model)
+    if graph.expand_gelu:
+        rewrites["expand_gelu"] = onnx_gelu.expand_gelu(model)
     onnx_rewrite.readable_names(model, flatten(graph.params))
     onnx_lint.check(model, f"graph {graph.name}")
     return model, before, rewrites
@@ -135,7 +135,7 @@ def export_loaded(
         np.savez(folder / f"{graph.name}.inputs.npz", **{k: np.stack([s[k] for s in inputs]) for k in inputs[0]})
         snr = _compare(graph, path, inputs)
         ranges = onnx_check.value_ranges(path, inputs)
-        overflow = [name for name in onnx_check.beyond_fp16(ranges) if not onnx_rewrite.may_saturate(name)]
+        overflow = [name for name in onnx_check.beyond_fp16(ranges) if not onnx_gelu.may_saturate(name)]
         if overflow and not allow_overflow:
             raise UserError(
                 f"graph {graph.name}: {len(overflow)} values pass FP16's {FP16_MAX:.0f}, {overflow[0]!r} with "
@@ -237,7 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--gelu",
         default="expanded",
         choices=("expanded", "native"),
-        help="T5's tanh GELU in elementary operators (more accurate on the HTP) or as one Gelu",
+        help="GELU of T5 and adapter in elementary operators (more accurate on the HTP) or as one Gelu",
     )
     parser.add_argument("--prompts", type=Path, help="prompts that auto measures on (default: random ids)")
     parser.add_argument("--allow-overflow", action="store_true", help="export although a value passes FP16's 65504")

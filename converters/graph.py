@@ -34,7 +34,7 @@ class Graph:
       reference: (*inputs) -> tuple of outputs by the model that training uses, on unchanged weights.
       sample: random generator -> one valid set of inputs by name.
       native_ops: how often each native operator must appear once they are restored.
-      expand_tanh_gelu: write the tanh form of GELU in elementary operators afterwards.
+      expand_gelu: write GELU in elementary operators afterwards.
       carried: output name -> name of the input that takes it at the next call.
       notes: what the builder decided, for the report.
     """
@@ -47,7 +47,7 @@ class Graph:
     reference: Callable[..., tuple]
     sample: Callable[[np.random.Generator], dict[str, np.ndarray]]
     native_ops: Mapping[str, int]
-    expand_tanh_gelu: bool = False
+    expand_gelu: bool = False
     carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class GraphOptions:
     Attributes:
       batch, length: static sizes of the token inputs.
       residual_scale: "auto", "none" or a power of two, see `converters.residual_scale`.
-      gelu: "expanded" or "native", for the tanh form; see `onnx_rewrite.expand_tanh_gelu`.
+      gelu: "expanded" or "native", of the T5 graphs; see `onnx_gelu.expand_gelu`.
       calibration: token ids and masks, int32 [N, length] each, that `auto` measures on; None for random ids.
       seed: of random calibration ids.
       latent_height, latent_width: of the video's latents, an eighth of its pixels.

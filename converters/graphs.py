@@ -205,7 +205,7 @@ def _token_graph(
             "Softmax": config.num_layers,
             "Gelu": config.num_layers + more_gelus,
         },
-        expand_tanh_gelu=options.gelu == "expanded",
+        expand_gelu=options.gelu == "expanded",
         **parts,
     )
 

@@ -23,3 +23,14 @@ def replace_value(model: "ir.Model", old: "ir.Value", new_node: "ir.Node") -> No
     model.graph.insert_before(producer, new_node)
     convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     old.name = f"{old.name}/replaced"
+
+
+def node_positions(model: "ir.Model") -> dict["ir.Node", int]:
+    """Where each node stands in the order of the graph."""
+    return {node: i for i, node in enumerate(model.graph)}
+
+
+def scope(name: str) -> str:
+    """What JAX calls the place of a value: `jit(f)/a/b/dot_general;jit(f)/a/c/add1` -> `a/b/dot_general`."""
+    first = name.split(";")[0]
+    return first.split(")/", 1)[1] if first.startswith("jit(") and ")/" in first else first

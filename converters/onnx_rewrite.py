@@ -5,17 +5,15 @@ measurement behind each. A rewrite that does not find its pattern leaves the gra
 operator that must not be there, and `missing_native_ops` the one that should.
 """
 
-import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters import onnx_conv, onnx_layout, onnx_norm
-from converters.onnx_edit import op_counts, replace_value
+from converters import onnx_conv, onnx_gelu, onnx_layout, onnx_norm
+from converters.onnx_edit import node_positions, op_counts, replace_value, scope
 from converters.packages import need
-from converters.scalar_cones import Cone, cones, scalar_constant
+from converters.scalar_cones import cones, scalar_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,9 +21,6 @@ if TYPE_CHECKING:
 OPSET = 23
 # The first ONNX file format version that has opset 23.
 IR_VERSION = 11
-# gelu(x) = x/2 (1 + tanh(a x + b x^3))
-_TANH_A = math.sqrt(2 / math.pi)
-_TANH_B = 0.044715 * _TANH_A
 
 
 def restore_native(model: "ir.Model") -> dict[str, int]:
@@ -56,10 +51,6 @@ def missing_native_ops(model: "ir.Model", expected: Mapping[str, int]) -> list[s
     return [f"{op} {found.get(op, 0)} instead of {n}" for op, n in expected.items() if found.get(op, 0) != n]
 
 
-def _positions(model: "ir.Model") -> dict["ir.Node", int]:
-    return {node: i for i, node in enumerate(model.graph)}
-
-
 # --- Gather -----------------------------------------------------------------------------------------------------------
 
 
@@ -72,7 +63,7 @@ def restore_gather(model: "ir.Model") -> int:
     """
     import onnx_ir as ir
 
-    positions, count = _positions(model), 0
+    positions, count = node_positions(model), 0
     for node in list(model.graph):
         if node.op_type != "GatherND" or node.attributes.get_int("batch_dims", 0) != 0:
             continue
@@ -85,7 +76,7 @@ def restore_gather(model: "ir.Model") -> int:
             continue
         old = _after_range_check(node.outputs[0], ids, every_id, positions)
         replace_value(model, old, ir.node("Gather", [table, ids], attributes={"axis": 0}))
-        positions = _positions(model)
+        positions = node_positions(model)
         count += 1
     return count
 
@@ -110,85 +101,6 @@ def _after_range_check(gathered: "ir.Value", ids: "ir.Value", every_id: np.ndarr
         for cone in cones(readers[0].inputs[0], positions, reshaping=True)
     )
     return readers[0].outputs[0] if any(in_range) else gathered
-
-
-# --- Gelu -------------------------------------------------------------------------------------------------------------
-
-
-def restore_gelu(model: "ir.Model") -> int:
-    """Any cone that computes GELU -> Gelu, exact or tanh.
-
-    Decomposed, the exact one is about ninety nodes with comparisons and divisions, NaN at 0; the tanh one leaves
-    FP16 in x^3.
-    """
-    import onnx_ir as ir
-
-    positions, count = _positions(model), 0
-    for node in list(model.graph):
-        if node.op_type != "Mul":  # the last node of either form
-            continue
-        for cone in cones(node.outputs[0], positions):
-            form = _gelu_form(cone)
-            if form is not None:
-                replace_value(model, cone.output, ir.node("Gelu", [cone.source], attributes={"approximate": form}))
-                positions = _positions(model)
-                count += 1
-                break
-    return count
-
-
-def _gelu_form(cone: Cone) -> str | None:
-    """ "none" or "tanh" when the cone is GELU on [-6, 6], else None."""
-    if len(cone.nodes) < 6 or cone.source.shape is None or cone.source.shape != cone.output.shape:
-        return None
-    x = np.linspace(-6, 6, 240, dtype=np.float32)  # without 0, where the expanded erfc is NaN
-    y = cone(x)
-    erf = np.array([math.erf(v / math.sqrt(2)) for v in x.tolist()])
-    tanh = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.astype(np.float64) ** 3))
-    for form, inner in (("none", erf), ("tanh", tanh)):
-        # The two forms differ by 5e-4.
-        if y.shape == x.shape and np.allclose(y, 0.5 * x * (1 + inner), rtol=0, atol=5e-6):
-            return form
-    return None
-
-
-def expand_tanh_gelu(model: "ir.Model") -> int:
-    """Gelu(tanh) -> x sigmoid(x (2 a + 2 b x^2)), for graphs whose gates need the accuracy.
-
-    The HTP has one Gelu for both forms, with errors up to 1.4e-3 around -3 (60 dB beyond N(0, 1)); this gives 65 to 74
-    dB. What is inside it may pass FP16 (`may_saturate`): the sigmoid is 0 or 1 there. x is not clipped, because a Clip
-    alone makes the compiler move the whole product through DRAM.
-    """
-    import onnx_ir as ir
-
-    constants = {}
-    for name, value in {"a": 2 * _TANH_A, "b": 2 * _TANH_B}.items():
-        constants[name] = ir.val(f"gelu/{name}", const_value=ir.tensor(np.float32(value)))
-    count = 0
-    for node in list(model.graph):
-        if node.op_type != "Gelu" or node.attributes.get_string("approximate", "none") != "tanh":
-            continue
-        x, stem = node.inputs[0], _scope(node.outputs[0].name)
-
-        def op(kind, *inputs, name, like=x, stem=stem, node=node):
-            value = ir.val(f"{stem}/gelu/{name}", shape=like.shape, type=like.type)
-            model.graph.insert_before(node, ir.node(kind, list(inputs), outputs=[value]))
-            return value
-
-        cubic = op("Mul", op("Mul", x, x, name="square"), constants["b"], name="cubic")
-        inner = op("Mul", x, op("Add", cubic, constants["a"], name="slope"), name="inner")
-        replace_value(model, node.outputs[0], ir.node("Mul", [x, op("Sigmoid", inner, name="gate")]))
-        model.graph.remove(node, safe=True)
-        count += 1
-    if count:
-        for value in constants.values():
-            model.graph.register_initializer(value)
-    return count
-
-
-def may_saturate(name: str) -> bool:
-    """Whether a value is inside a GELU of `expand_tanh_gelu`, which is right although FP16 does not hold the value."""
-    return re.search(r"/gelu/(square|cubic|slope|inner)(\.\d+)?$", name) is not None
 
 
 def clip_instead_of_max(model: "ir.Model") -> int:
@@ -298,13 +210,8 @@ def readable_names(model: "ir.Model", weights: Collection[str]) -> None:
     for node in graph:
         for value in node.outputs:
             if not value.is_graph_output():
-                value.name = _unused(_scope(value.name or node.op_type), taken)
+                value.name = _unused(scope(value.name or node.op_type), taken)
         node.name = f"{node.op_type}:{node.outputs[0].name}"
-
-
-def _scope(name: str) -> str:
-    first = name.split(";")[0]
-    return first.split(")/", 1)[1] if first.startswith("jit(") and ")/" in first else first
 
 
 def _unused(name: str, taken: set[str]) -> str:
@@ -317,7 +224,7 @@ def _unused(name: str, taken: set[str]) -> str:
 
 REWRITES: tuple[Callable[["ir.Model"], int], ...] = (
     restore_gather,
-    restore_gelu,
+    onnx_gelu.restore_gelu,
     onnx_norm.restore_layer_norm,
     onnx_norm.scale_into_layer_norm,
     onnx_norm.restore_instance_norm,
