@@ -91,7 +91,7 @@ def clip(
       folder: the component's subfolder.
       outputs: those that the graph has. Only for `pooled` are there a projection and the input `end_weights`.
       components: holds the component.
-      options: batch.
+      options: batch, and how GELU is written.
 
     Raises:
       UserError: a component of another class.
@@ -142,6 +142,7 @@ def clip(
             "Softmax": blocks,
             "Gelu": blocks if config.hidden_act == "gelu" else 0,
         },
+        expand_gelu=options.gelu == "expanded",
         notes={"masked_logit": MASKED_LOGIT, "eos_token_id": config.eos_token_id},
     )
 

@@ -237,7 +237,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--gelu",
         default="expanded",
         choices=("expanded", "native"),
-        help="GELU of T5 and adapter in elementary operators (more accurate on the HTP) or as one Gelu",
+        help="GELU of the text networks in elementary operators (more accurate on the HTP) or as one Gelu",
     )
     parser.add_argument("--prompts", type=Path, help="prompts that auto measures on (default: random ids)")
     parser.add_argument("--allow-overflow", action="store_true", help="export although a value passes FP16's 65504")

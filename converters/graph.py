@@ -59,7 +59,7 @@ class GraphOptions:
     Attributes:
       batch, length: static sizes of the token inputs.
       residual_scale: "auto", "none" or a power of two, see `converters.residual_scale`.
-      gelu: "expanded" or "native", of the T5 graphs; see `onnx_gelu.expand_gelu`.
+      gelu: "expanded" or "native", in the text networks; see `onnx_gelu.expand_gelu`.
       calibration: token ids and masks, int32 [N, length] each, that `auto` measures on; None for random ids.
       seed: of random calibration ids.
       latent_height, latent_width: of the video's latents, an eighth of its pixels.

@@ -98,8 +98,9 @@ def expand_gelu(model: "ir.Model") -> int:
         scaled = x if unit == 1 else op("Mul", x, constant(unit), name="scaled")
         square = op("Mul", scaled, scaled, name="square")
         slope = constant(coefficients[-1])
-        for coefficient in coefficients[-2::-1]:
-            slope = op("Add", op("Mul", square, slope, name="slope"), constant(coefficient), name="slope")
+        for power, coefficient in reversed(list(enumerate(coefficients[:-1]))):
+            product = op("Mul", square, slope, name=f"product.{power}")
+            slope = op("Add", product, constant(coefficient), name=f"slope.{power}")
         gate = op("Sigmoid", op("Mul", x, slope, name="inner"), name="gate")
         replace_value(model, node.outputs[0], ir.node("Mul", [x, gate]))
         model.graph.remove(node, safe=True)
@@ -109,4 +110,4 @@ def expand_gelu(model: "ir.Model") -> int:
 
 def may_saturate(name: str) -> bool:
     """Whether a value is inside a GELU of `expand_gelu`, which is right although FP16 does not hold the value."""
-    return re.search(r"/gelu/(square|slope|inner)(\.\d+)?$", name) is not None
+    return re.search(r"/gelu/(square|product|slope|inner)[.\d]*$", name) is not None

@@ -73,7 +73,7 @@ CONFIGS = {
 # Operators of each graph beside those that its builder counts, and an initializer.
 GRAPHS = {
     "clip_l": ({"MatMul": 2 * 8 + 2, "Sigmoid": 2, "Transpose": 8}, "blocks/1/attention/query/kernel"),
-    "clip_g": ({"MatMul": 2 * 8 + 2, "Sigmoid": 0, "Transpose": 8}, "text_projection/kernel"),
+    "clip_g": ({"MatMul": 2 * 8 + 2, "Gelu": 0, "Sigmoid": 2, "Transpose": 8}, "text_projection/kernel"),
     "first_frame_clip_l": ({"MatMul": 8, "LayerNormalization": 2}, "blocks/0/mlp/down/kernel"),
     "first_frame_clip_g": ({"MatMul": 2 * 8 + 2}, "blocks/1/mlp/down/kernel"),
     "vae_encoder": ({"Conv": 22, "MatMul": 6, "Transpose": 6}, "encoder/down_1_time/kernel"),
