@@ -8,7 +8,7 @@ of it), and then these kernels and the embedding times the factor that gives the
 change what the network computes in float32. The model folder is then exported, compiled and run
 
     folded      with the residual scale that `auto` chooses,
-    native_gelu the same with T5's GELU as the HTP's own operator,
+    native_gelu the same with GELU as the HTP's own operator,
     unfolded    without the scale,
     raw         with the scale, but without the rewriting pass (TFLite -> tf2onnx only).
 
