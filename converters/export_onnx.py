@@ -135,7 +135,8 @@ def export_loaded(
         np.savez(folder / f"{graph.name}.inputs.npz", **{k: np.stack([s[k] for s in inputs]) for k in inputs[0]})
         snr = _compare(graph, path, inputs)
         ranges = onnx_check.value_ranges(path, inputs)
-        overflow = [name for name in onnx_check.beyond_fp16(ranges) if not onnx_gelu.may_saturate(name)]
+        ranges = {name: largest for name, largest in ranges.items() if not onnx_gelu.may_saturate(name)}
+        overflow = onnx_check.beyond_fp16(ranges)
         if overflow and not allow_overflow:
             raise UserError(
                 f"graph {graph.name}: {len(overflow)} values pass FP16's {FP16_MAX:.0f}, {overflow[0]!r} with "

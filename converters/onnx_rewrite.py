@@ -103,6 +103,9 @@ def _after_range_check(gathered: "ir.Value", ids: "ir.Value", every_id: np.ndarr
     return readers[0].outputs[0] if any(in_range) else gathered
 
 
+# --- Clip -------------------------------------------------------------------------------------------------------------
+
+
 def clip_instead_of_max(model: "ir.Model") -> int:
     """Max(x, c) -> Clip(x, c) for one constant number c."""
     import onnx_ir as ir

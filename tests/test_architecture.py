@@ -149,9 +149,6 @@ def unknown_names(source: str, modules: dict[str, set[str]]) -> list[str]:
 def test_every_name_of_another_module_is_there():
     paths = sources(*TOP_LEVEL, "tests")
     modules = {module_name(path): defined(path) for path in paths}
-    for name in list(modules):
-        for parent in (name.rpartition(".")[0], name.partition(".")[0]):
-            modules.setdefault(parent, {path.stem for path in (ROOT / parent.replace(".", "/")).glob("*")})
     unknown = {module_name(path): unknown_names(path.read_text(encoding="utf-8"), modules) for path in paths}
     assert {name: names for name, names in unknown.items() if names} == {}
 
