@@ -10,11 +10,19 @@ from flax import linen as nn
 
 from nd_jax.errors import UserError
 from nd_jax.models import attention
-from nd_jax.models.attention import ATTENTION, OrderedMask, cached_attention, splash_attention, xla_attention
+from nd_jax.models.attention import (
+    ATTENTION,
+    OrderedMask,
+    cached_attention,
+    cudnn_attention,
+    splash_attention,
+    xla_attention,
+)
 from nd_jax.models.mmdit import MMDiTConfig, PyramidMMDiT
 from nd_jax.models.mmdit_block import JointBlock, vector_dot_general
 from nd_jax.pyramid.layout import VideoSize, video_layouts
 from nd_jax.pyramid.units import stage_units
+from nd_jax.train.cost import jaxpr_flops
 from nd_jax.train.sharding import RULES, make_mesh
 from nd_jax.weights.mmdit import PYRAMID_MMDIT
 from nd_jax.weights.network import abstract_params
@@ -194,6 +202,41 @@ def test_the_kernel_says_what_it_needs():
     ordered = OrderedMask(np.full((1, LENGTH), LENGTH - 1, np.int32), np.zeros((1, LENGTH), np.int32))
     with pytest.raises(UserError, match=r"kernel for TPUs .* \(cpu\): use --config.attention=xla"):
         splash_attention(*qkv, ordered)
+
+
+@pytest.fixture
+def with_cudnn(monkeypatch):
+    """JAX asks the machine for cuDNN before it traces a call; tracing itself needs none."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(attention, "check_attention", lambda name: None)
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+
+
+def test_what_cudnn_computes_is_counted(with_cudnn):
+    """Two products of all pairs forward, five backward; of the pairs that a mask hides, those left out do not count."""
+    shapes = [jax.ShapeDtypeStruct((2, 8, 6, 16), jnp.bfloat16)] * 3
+    mask = np.ones((1, 1, 8, 8), bool)
+    run = lambda *qkv: jnp.sum(cudnn_attention(*qkv, mask, 2).astype(jnp.float32))
+    pair = 2 * 2 * 6 * 16  # 2 K operations of every sample and head
+    pairs = 6 * 6 + 2 * 8
+    assert jaxpr_flops(jax.make_jaxpr(run)(*shapes)).by_dtype == {"bfloat16": 2 * pairs * pair}
+    assert jaxpr_flops(jax.make_jaxpr(jax.grad(run))(*shapes)).by_dtype == {"bfloat16": 7 * pairs * pair}
+
+
+def test_cudnn_says_what_it_needs(with_cudnn):
+    qkv, mask, _ = case()
+    with pytest.raises(UserError, match="bfloat16 or float16, not float32"):
+        cudnn_attention(*qkv, mask)
+    with pytest.raises(UserError, match="even numbers of tokens, not 7 and 7"):
+        cudnn_attention(*(x.astype(jnp.bfloat16) for x in qkv), mask)
+
+
+def test_cudnn_is_for_gpus():
+    with pytest.raises(UserError, match=r"kernel for NVIDIA's GPUs .* \(cpu\): use --config.attention=xla"):
+        cudnn_attention(*case(jnp.bfloat16)[0], None)
 
 
 def test_unseen_needs_a_length():

@@ -1,4 +1,4 @@
-"""Attention over a mask, in three implementations behind one switch.
+"""Attention over a mask, in four implementations behind one switch.
 
     p = softmax(q k^T / sqrt(K) + b),   b = 0 where a query may see a key and a very negative number elsewhere    (1)
     o = p v                                                                                                     (2)
@@ -11,7 +11,8 @@ them again from the row sums l of (1) (Dao et al. 2022, FlashAttention, appendix
     ds = p * (do v^T - sum(do * o)),       dv = p^T do,  dq = ds k / sqrt(K),  dk = ds^T q / sqrt(K)            (4)
 
 `splash_attention` is for TPUs: a kernel of JAX does (1) to (4) block by block on the chip, and no logits reach its
-memory. It takes a mask as an `OrderedMask`, the others as booleans too.
+memory. It takes a mask as an `OrderedMask`, the others as booleans too. `cudnn_attention` is for NVIDIA's GPUs: cuDNN's
+kernel does the same there.
 
 Softmax is float32 whatever the dtype of q, k and v.
 
@@ -243,22 +244,54 @@ def _up_to(last: jax.Array, place: jax.Array) -> jax.Array:
     return place <= last
 
 
+def cudnn_attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: Mask, unseen: int = 0) -> jax.Array:
+    """The same by cuDNN's kernel for GPUs, in bfloat16 or float16. It has no forward-mode derivative.
+
+    No logits reach the memory; b of equation 1 does, for every pair but not for every head.
+
+    Args:
+      query, key, value, mask, unseen: as of `xla_attention`, L, S and `unseen` even.
+
+    Raises:
+      UserError: the devices are no GPUs, or the kernel does not take the dtype or the lengths.
+    """
+    check_attention("cudnn")
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise UserError(
+            f"attention 'cudnn' computes in bfloat16 or float16, not {query.dtype}: use --config.dtype=bfloat16, or "
+            "--config.attention=xla"
+        )
+    if query.shape[1] % 2 or key.shape[1] % 2 or unseen % 2:
+        raise UserError(
+            f"attention 'cudnn' takes even numbers of tokens, not {query.shape[1]} and {key.shape[1]} of which "
+            f"{unseen} are unseen by the others: use --config.attention=xla"
+        )
+    run = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    with jax.numpy_dtype_promotion("standard"):
+        return _in_two(lambda q, k, v, mask: run(q, k, v, mask=mask), 1, (query, key, value), _dense(mask), unseen)
+
+
 # The switch: every implementation has the signature of `xla_attention`.
 ATTENTION: dict[str, Callable[..., jax.Array]] = {
     "xla": xla_attention,
     "cached": cached_attention,
     "splash": splash_attention,
+    "cudnn": cudnn_attention,
 }
+
+# What JAX calls the devices that a kernel is for, and what messages do.
+KERNELS = {"splash": (("tpu",), "TPUs"), "cudnn": (("gpu", "cuda"), "NVIDIA's GPUs")}
 
 
 def check_attention(name: str) -> None:
     """Raises UserError where the devices of the mesh in context, or else of this process, cannot run it."""
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    if name == "splash" and platform != "tpu":
+    platforms, devices = KERNELS.get(name, ((platform,), ""))
+    if platform not in platforms:
         raise UserError(
-            f"attention 'splash' is a kernel for TPUs and cannot run on these devices ({platform}): use "
-            "--config.attention=xla for GPUs, --config.attention=cached for processors"
+            f"attention {name!r} is a kernel for {devices} and cannot run on these devices ({platform}): use "
+            "--config.attention=xla for accelerators, --config.attention=cached for processors"
         )
 
 

@@ -167,7 +167,8 @@ class PyramidMMDiT(nn.Module):
       dtype: computation dtype; norms, softmax and modulation are float32 whatever it is.
       param_dtype: dtype of initialised parameters.
       remat: a key of `REMAT`.
-      attention: a key of `ATTENTION`: "xla" for accelerators, "splash" for TPUs, "cached" for processors.
+      attention: a key of `ATTENTION`: "xla" for accelerators, "splash" for TPUs, "cudnn" for GPUs, "cached" for
+        processors.
       scan: one program for all blocks before the last, over stacked parameters. Without it the parameters are those of
         `unstack_blocks`.
     """

@@ -3,7 +3,8 @@
     dot    2 (values of the result) (length of the contracted axes)                                               (1)
     conv   2 (values of the result) (values of the kernel) / (output channels) / (input dilation)                 (2)
     scan   length x body,  cond: its most expensive branch,  shard_map: body x devices                            (3)
-    kernel what its author declares (`cost_estimate`), else body x grid                                           (4)
+    kernel what its author declares (`cost_estimate`), else body x grid; cuDNN's attention: 2 products of all
+           pairs of tokens forward, 5 backward                                                                    (4)
 
 What a backward pass computes again is in the jaxpr, so it counts. Everything else, element by element, does not: on a
 TPU it runs beside the matrix unit. XLA's own count (`cost_analysis`) takes the body of a scan once.
@@ -41,6 +42,9 @@ def jaxpr_flops(jaxpr: Any) -> Flops:
     return Flops(dict(count), loops)
 
 
+# Primitives of `jax.nn.dot_product_attention` by cuDNN, and their products of [queries, keys].
+CUDNN_PRODUCTS = {"dot_product_attention_fwd": 2, "dot_product_attention_bwd": 5}
+
 Count = collections.Counter  # dtype -> operations
 
 
@@ -64,6 +68,8 @@ def _equation(eqn: Any) -> tuple[Count, int]:
         return max(branches, key=lambda branch: branch[0].total())
     if name == "pallas_call":
         return _kernel(eqn)
+    if name.startswith(tuple(CUDNN_PRODUCTS)):
+        return _cudnn_attention(eqn), 0
     factor = 1
     if name == "scan":
         factor = params["length"]
@@ -96,6 +102,12 @@ def _conv(eqn: Any) -> Count:
     # A dilated input is mostly zeros, which no good implementation multiplies.
     dilation = math.prod(eqn.params["lhs_dilation"] or (1,))
     return Count({_dtype(eqn): 2 * math.prod(eqn.outvars[0].aval.shape) * per_value // dilation})
+
+
+def _cudnn_attention(eqn: Any) -> Count:
+    query, key = (operand.aval.shape for operand in eqn.invars[:2])  # [B, L, H, K], [B, S, H, K]
+    (products,) = (n for name, n in CUDNN_PRODUCTS.items() if eqn.primitive.name.startswith(name))
+    return Count({_dtype(eqn): products * 2 * math.prod(query) * key[1]})
 
 
 def _kernel(eqn: Any) -> tuple[Count, int]:
