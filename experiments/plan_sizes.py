@@ -1,7 +1,7 @@
 """Sizes for a plan where a config names no folders: a folder of the released sizes without any weights.
 
 A config takes its sizes from what it names: model folders, latents, a pruning plan, tokenizers. Whoever plans has none
-of them at hand, so `fill_folders` writes their small parts (config.json files, a manifest with a few records of zeros,
+of them at hand, so `fill_folders` writes their small parts (config.json files, a manifest with a few records of noise,
 tokenizers of a hundred words) and names them in the config. From there on a plan reads what training reads.
 
     model folder   T5 v1.1 XXL, CLIP-L, CLIP-G, Pyramid-Flow's transformer of 24 blocks, its video VAE
@@ -160,10 +160,12 @@ def _write_prompts(path: Path) -> Path:
 
 def _write_latents(folder: Path, channels: int) -> Path:
     shape = (*LATENT_SHAPE[:-1], channels)
-    plan = latent_shards.Plan("zeros", RECORDS, RECORDS, shape, **VIDEO, encoder_sha256="none")
+    plan = latent_shards.Plan("noise", RECORDS, RECORDS, shape, **VIDEO, encoder_sha256="none")
     latent_shards.claim_folder(folder, plan)
-    zeros = np.zeros(shape, np.float32)
-    records = [encode_record(zeros, zeros, text, str(k)) for k, text in enumerate(toy_prompts(RECORDS, seed=0))]
+    noise = np.random.default_rng(0).standard_normal((RECORDS, *shape), np.float32)
+    spread = np.zeros(shape, np.float32)
+    prompts = enumerate(toy_prompts(RECORDS, seed=0))
+    records = [encode_record(noise[k], spread, text, str(k)) for k, text in prompts]
     latent_shards.write_shard(folder, plan, 0, records)
     latent_shards.write_manifest(folder, latent_shards.summarize(folder, plan, (0.0, 0.0), (1.0, 1.0), ()))
     return folder

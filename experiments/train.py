@@ -42,6 +42,14 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         "--topology", metavar="NAME", help="TPU slice, such as v5e:4x4: batch and mesh of experiments/topologies.py"
     )
     parser.add_argument("--slices", type=int, default=1, help="slices of that topology (default 1)")
+    add_process_arguments(parser)
+    args, overrides = parser.parse_known_args(argv)
+    check_job_arguments(parser, args)
+    return args, overrides
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `processes` reads."""
     parser.add_argument("--distributed", action="store_true", help="several processes that find each other (TPU pods)")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, when they cannot find it")
     parser.add_argument("--num-processes", type=int, help="with --coordinator: how many processes run")
@@ -60,24 +68,26 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[s
         metavar="SECONDS",
         help="how long processes wait for one another at the start (default 300)",
     )
-    args, overrides = parser.parse_known_args(argv)
+
+
+def check_job_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command where processes or slices are half described."""
     given = [args.coordinator, args.num_processes, args.process_id]
     if any(g is not None for g in given) and None in given:
         parser.error("--coordinator, --num-processes and --process-id go together")
     if args.slices < 1 or (args.slices > 1 and args.topology is None):
         parser.error("--slices: use 1 or more, with --topology")
-    return args, overrides
 
 
-def processes(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """Joins the processes of the job; does nothing for a single one."""
+def processes(args: argparse.Namespace, logs: Path) -> contextlib.AbstractContextManager[None]:
+    """Joins the processes of the job, which write to the folder `logs`; does nothing for a single one."""
     if not (args.coordinator or args.distributed):
         return contextlib.nullcontext()
     from nd_jax.train.processes import joined
 
     name = socket.gethostname() if args.process_id is None else f"process_{args.process_id}"
     return joined(
-        args.workdir / "logs" / f"{name}.txt",
+        logs / f"{name}.txt",
         args.coordinator,
         args.num_processes,
         args.process_id,
@@ -97,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     keep_freed_memory()
     order_collectives_of_virtual_devices()
-    with processes(args):
+    with processes(args, args.workdir / "logs"):
         run(config, args.workdir)
     return 0
 

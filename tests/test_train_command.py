@@ -133,10 +133,10 @@ def test_processes_are_joined_as_the_flags_say(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr("nd_jax.train.processes.joined", lambda *args, **kwargs: given.append((args, kwargs)))
     flags = ["--config", CONFIG, "--workdir", str(tmp_path)]
-    with command.processes(command.parse(flags)[0]):
+    with command.processes(command.parse(flags)[0], tmp_path / "logs"):
         assert given == []  # A single process joins nothing.
     many = ["--coordinator", "host:1", "--num-processes", "2", "--process-id", "1", "--heartbeat-timeout", "7"]
-    command.processes(command.parse([*flags, *many])[0])
+    command.processes(command.parse([*flags, *many])[0], tmp_path / "logs")
     log = tmp_path / "logs" / "process_1.txt"
     assert given == [((log, "host:1", 2, 1), {"heartbeat_seconds": 7, "start_seconds": 300})]
     with pytest.raises(SystemExit):

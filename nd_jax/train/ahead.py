@@ -128,6 +128,44 @@ def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return count * leaf.dtype.itemsize
 
 
+@dataclasses.dataclass(frozen=True)
+class LoweredStep:
+    """One role's step before compilation.
+
+    Attributes:
+      lowered: compiles to the step that training runs.
+      flops: of all devices together, from the program as JAX wrote it.
+      unread: bytes on one device of what the step is given and does not read.
+    """
+
+    lowered: jax.stages.Lowered
+    flops: Flops
+    unread: int
+
+    def memory(self, compiled: jax.stages.Compiled) -> Memory:
+        """What the compiler says that `compiled`, made of `lowered`, takes."""
+        return _memory(compiled.memory_analysis(), self.unread)
+
+
+def lower_step(role: str, arguments: StepArguments, mesh: Mesh) -> LoweredStep:
+    """Traces and lowers one role's step.
+
+    Args:
+      role: which.
+      arguments: of `step_arguments`.
+      mesh: the mesh of their shardings.
+    """
+    given = (arguments.state, arguments.frozen, arguments.batch)
+    # Without the mesh in context, logical constraints of activations would have no effect.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = arguments.train_steps[role].trace(*given)
+        # What jit does too: it drops what no result depends on, and inputs that nothing reads.
+        jaxpr, used = partial_eval.dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.jaxpr.outvars))
+        lowered = traced.lower()
+    unread = [leaf for leaf, is_used in zip(jax.tree.leaves(given), used, strict=True) if not is_used]
+    return LoweredStep(lowered, jaxpr_flops(jaxpr), resident_bytes(unread))
+
+
 def compile_step(role: str, arguments: StepArguments, mesh: Mesh, slices: int = 1) -> CompiledStep:
     """Traces and compiles one role's step.
 
@@ -138,19 +176,11 @@ def compile_step(role: str, arguments: StepArguments, mesh: Mesh, slices: int = 
       slices: of its devices.
     """
     clock, processor = time.perf_counter(), time.process_time()
-    given = (arguments.state, arguments.frozen, arguments.batch)
-    # Without the mesh in context, logical constraints of activations would have no effect.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = arguments.train_steps[role].trace(*given)
-        # What jit does too: it drops what no result depends on, and inputs that nothing reads.
-        jaxpr, used = partial_eval.dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.jaxpr.outvars))
-        lowered = traced.lower()
+    step = lower_step(role, arguments, mesh)
     error, memory, module = "", None, None
     with tempfile.TemporaryDirectory() as folder, _uncached():
         try:
-            compiled = lowered.compile(compiler_options=_dump_options(folder))
-            unused = [leaf for leaf, is_used in zip(jax.tree.leaves(given), used, strict=True) if not is_used]
-            memory = _memory(compiled.memory_analysis(), resident_bytes(unused))
+            memory = step.memory(step.lowered.compile(compiler_options=_dump_options(folder)))
         except jax.errors.JaxRuntimeError as failure:
             if "RESOURCE_EXHAUSTED" not in str(failure):
                 raise
@@ -160,7 +190,7 @@ def compile_step(role: str, arguments: StepArguments, mesh: Mesh, slices: int = 
         module = hlo.parse(partitioned)
     return CompiledStep(
         role=role,
-        flops=jaxpr_flops(jaxpr),
+        flops=step.flops,
         products=hlo.products(module) if module else None,
         collectives=tuple(collectives(module, mesh.size, slices)) if module else (),
         open_loops=len(module.open_loops) if module else 0,

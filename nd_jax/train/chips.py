@@ -53,6 +53,22 @@ CHIPS = {
     )
 }
 
+# What JAX calls a device -> its chip of the table above.
+TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+# Dense bfloat16 products of NVIDIA's data sheets (SXM).
+GPU_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak of bfloat16 products of a device, operations per second; None of one that is not in the tables."""
+    chip = CHIPS.get(TPU_KINDS.get(device_kind, ""))
+    return chip.flops if chip else GPU_FLOPS.get(device_kind)
+
 
 def roofline(chip: Chip, flops: float, hbm_bytes: float, ici_bytes: float, dcn_bytes: float) -> Mapping[str, float]:
     """Equation 1 of a step on one device, in seconds.
