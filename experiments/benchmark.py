@@ -24,6 +24,8 @@ from converters.progress import stages
 from nd_jax.errors import UserError, run_command
 from nd_jax.files import write_text
 
+# Needs more than a processor, so it runs where it is named.
+ON_REQUEST = ("joint_block_gpu",)
 WARM_UP = 2
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 
@@ -32,6 +34,12 @@ def joint_block() -> Iterable[Any]:
     from experiments.benchmark_networks import joint_block_cases
 
     return joint_block_cases()
+
+
+def joint_block_gpu() -> Iterable[Any]:
+    from experiments.benchmark_gpu import gpu_cases
+
+    return gpu_cases()
 
 
 def t5_layer() -> Iterable[Any]:
@@ -79,6 +87,7 @@ def compilation() -> Iterable[Any]:
 # Name -> what it compares, and the function that gives its cases (`benchmark_case.Case`).
 SUITES: dict[str, tuple[str, Callable[[], Iterable[Any]]]] = {
     "joint_block": ("a joint block of the video transformer, against diffusers, float32, full size", joint_block),
+    "joint_block_gpu": ("the same on a GPU, bfloat16, eight rows, attention by cuDNN and by XLA", joint_block_gpu),
     "decoder": ("the tiny decoder, streaming, against plain PyTorch in channels-last, float32, full size", decoder),
     "t5_layer": ("a layer of the T5 v1.1 XXL encoder, against transformers, float32, full size", t5_layer),
     "data": ("prompts, cached latents and decoded clips, against PyTorch's DataLoader", data),
@@ -167,7 +176,7 @@ def rates(case: Any, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on: processor, processors this process may use, versions."""
+    """What the numbers depend on: processor, processors this process may use, JAX's device, versions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -177,7 +186,14 @@ def machine() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {"processor": models[0] if models else "unknown", "threads": threads(), "versions": versions}
+    import jax
+
+    return {
+        "processor": models[0] if models else "unknown",
+        "threads": threads(),
+        "device": jax.devices()[0].device_kind,
+        "versions": versions,
+    }
 
 
 def threads() -> int:
@@ -221,14 +237,16 @@ def shown_rates(result: dict[str, Any]) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    suites = "\n".join(f"  {name:12} {what}" for name, (what, _) in SUITES.items())
+    suites = "\n".join(f"  {name:15} {what}" for name, (what, _) in SUITES.items())
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmark",
         description="Time nd_jax and its counterparts in turn; print and write the ratios.",
         epilog=f"suites:\n{suites}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", action="append", choices=SUITES, help="which suite; repeatable; default: all")
+    parser.add_argument(
+        "--suite", action="append", choices=SUITES, help="which suite; repeatable; default: all of the CPU"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each side (default 15)")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="JSON (default benchmark.json)")
     return parser.parse_args(argv)
@@ -246,7 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(threads())
-    chosen = {name: list(SUITES[name][1]()) for name in args.suite or SUITES}
+    names = args.suite or [name for name in SUITES if name not in ON_REQUEST]
+    chosen = {name: list(SUITES[name][1]()) for name in names}
     results = []
     with stages(sum(map(len, chosen.values()))) as begin:
         for name, cases in chosen.items():

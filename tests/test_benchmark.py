@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark
+from experiments import benchmark, benchmark_gpu
 from experiments.benchmark_decoder import decoder_calls, decoder_cases
 from experiments.benchmark_networks import (
     TEXT_TOKENS,
@@ -22,7 +22,7 @@ from experiments.benchmark_networks import (
     torch_joint_block_call,
     torch_t5_block,
 )
-from nd_jax.errors import run_command
+from nd_jax.errors import UserError, run_command
 from nd_jax.models.mmdit import MMDiTConfig
 from nd_jax.models.mmdit_block import TokenGeometry
 from nd_jax.models.t5 import T5Config
@@ -98,6 +98,28 @@ def test_both_sides_run_in_turn():
     times = benchmark.time_pair(lambda: order.append("A"), lambda: order.append("B"), repeats=3)
     assert "".join(order) == "AABB" + "AB" + "BA" + "AB"
     assert all(len(times[side]["seconds"]) == 3 for side in ("nd_jax", "reference"))
+
+
+def test_a_block_as_on_a_gpu():
+    """On a processor here: the same arrays in and arrays of the same shapes out, forward and backward."""
+    video = VideoSize(latent_frames=3, height=8, width=8, stages=2)
+    cases = list(benchmark_gpu.gpu_cases(CONFIG, video, device="cpu"))
+    names = [case.name.removeprefix("joint block by xla, ") for case in cases]
+    assert names == [f"{n} tokens, {what}" for n in (140, 164) for what in ("forward", "forward + backward")]
+    (forward, their_forward), (backward, their_backward) = (case.build() for case in cases[:2])
+    shapes = lambda arrays: [tuple(array.shape) for array in arrays]
+    outputs = [(8, 12, CONFIG.inner_dim), (8, TEXT_TOKENS, CONFIG.inner_dim)]
+    assert shapes(forward()) == shapes(their_forward()) == outputs
+    with jax.numpy_dtype_promotion("standard"):  # The gradient of JAX's own attention mixes dtypes.
+        _, *gradients = backward()
+    assert shapes(gradients) == shapes(their_backward()) == [*outputs, (8, CONFIG.inner_dim)]
+    assert all(np.isfinite(np.asarray(array, np.float32)).all() for array in gradients)
+
+
+def test_the_gpu_suite_needs_a_gpu():
+    with pytest.raises(UserError, match="needs a GPU that JAX and PyTorch both see"):
+        list(benchmark.SUITES["joint_block_gpu"][1]())
+    assert "joint_block_gpu" in benchmark.ON_REQUEST
 
 
 def test_the_command_writes_its_numbers(tmp_path, monkeypatch, capsys):
