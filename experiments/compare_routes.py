@@ -10,6 +10,8 @@ All three trace the same `Graph.apply` with the same weights, are compiled in FP
 simulator on the same inputs. SNRs are against the model that training uses, in float32 in JAX; they differ by several
 dB from input to input, so routes are compared by the differences on the same input. Writes DIR/routes.json after every
 row, and goes on behind the last one when it is called again.
+
+What holds weights or runs JAX is a process of its own (`converters.apart`): the memory is the compiler's afterwards.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,9 +38,11 @@ from converters import (
     onnx_edit,
     tflite_route,
 )
-from converters.graph import TRANSFORMER, Graph, GraphOptions
+from converters.apart import apart
+from converters.graph import TRANSFORMER, GraphOptions
 from converters.output_files import write_json
 from converters.progress import stages
+from converters.samples import Sample, read_arrays
 from nd_jax.errors import UserError, run_command
 
 ROUTES = ("ours", "tf2onnx", "jax2onnx")
@@ -65,28 +70,55 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A graph with the inputs that its three forms run on, and what the model makes of them in JAX.
+    """A graph to be exported, what its forms run on, and what the model makes of that in JAX, in files.
 
-    `name` is the one in `graphs.GRAPHS`; that of the graph may say more.
+    Attributes:
+      name: the one in `graphs.GRAPHS`.
+      file_name: that of the graph, which may say more.
+      model: folder in the released layout, out of which each process loads the weights that it needs.
+      options: sizes of the graph.
+      soc: the chip.
+      inputs, references: stacks of samples, one array for each input and output; both None where nothing is run.
     """
 
     name: str
-    graph: Graph
+    file_name: str
     model: Path
     options: GraphOptions
     soc: str
-    samples: list[dict[str, np.ndarray]]
-    references: list[dict[str, np.ndarray]]
+    inputs: Path | None = None
+    references: Path | None = None
 
 
-def load_case(model: Path, name: str, options: GraphOptions, soc: str, count: int, seed: int) -> Case:
-    """Loads the graph, draws `count` inputs and runs the model on them."""
+def load_case(model: Path, name: str, options: GraphOptions, soc: str, count: int, seed: int, folder: Path) -> Case:
+    """Loads the graph, draws `count` inputs and runs the model on them; both are written into the folder.
+
+    Raises:
+      UserError: the graph does not load.
+    """
     graph, rng = graphs.load_graph(name, model, options), np.random.default_rng(seed)
+    case = Case(name, graph.name, model, options, soc)
+    if not count:
+        return case
     samples = [graph.sample(rng) for _ in range(count)]
     names = [spec.name for spec in graph.outputs]
     results = [graph.reference(*(sample[spec.name] for spec in graph.inputs)) for sample in samples]
     references = [dict(zip(names, map(np.asarray, outputs), strict=True)) for outputs in results]
-    return Case(name, graph, model, options, soc, samples, references)
+    case = dataclasses.replace(case, inputs=folder / "inputs.npz", references=folder / "references.npz")
+    write_stack(case.inputs, samples)
+    write_stack(case.references, references)
+    return case
+
+
+def write_stack(path: Path, samples: list[Sample]) -> None:
+    """At least one sample, each with the same names and shapes, as one array for each name."""
+    np.savez(path, **{name: np.stack([sample[name] for sample in samples]) for name in samples[0]})
+
+
+def read_stack(path: Path) -> list[Sample]:
+    """The samples of a file of `write_stack`."""
+    arrays = read_arrays(path)
+    return [dict(zip(arrays, parts, strict=True)) for parts in zip(*arrays.values(), strict=True)]
 
 
 def write_onnx(case: Case, route: str, folder: Path, python: Path | None) -> tuple[Path, float]:
@@ -98,35 +130,46 @@ def write_onnx(case: Case, route: str, folder: Path, python: Path | None) -> tup
     import onnx_ir as ir
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{case.graph.name}.onnx"
-    start = time.perf_counter()
+    path = folder / f"{case.file_name}.onnx"
     if route == "jax2onnx":
-        jax2onnx_route.export(python, case.model, case.name, case.options, path)
-    else:
-        trace = tflite_route.trace if route == "tf2onnx" else lambda *args: export_onnx.convert(*args)[0]
-        model = trace(case.graph, path.with_suffix(".tflite"))
-        ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+        return path, jax2onnx_route.export(python, case.model, case.name, case.options, path)
+    graph = graphs.load_graph(case.name, case.model, case.options)
+    start = time.perf_counter()
+    trace = tflite_route.trace if route == "tf2onnx" else lambda *args: export_onnx.convert(*args)[0]
+    model = trace(graph, path.with_suffix(".tflite"))
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
     return path, time.perf_counter() - start
+
+
+def export(case: Case, route: str, folder: Path, python: Path | None) -> tuple[Path, dict[str, Any]]:
+    """The ONNX file by one route, and what there is to say of it before it is compiled.
+
+    Raises:
+      UserError: as `write_onnx`.
+    """
+    import onnx_ir as ir
+
+    path, seconds = write_onnx(case, route, folder, python)
+    ops = onnx_edit.op_counts(ir.load(path))
+    row = {
+        "export_seconds": round(seconds, 2),
+        "nodes": sum(ops.values()),
+        "transposes": ops.get("Transpose", 0),
+        "ops": ops,
+    }
+    if case.inputs is not None:
+        outputs = onnx_check.run_on_cpu(path, read_stack(case.inputs))
+        row["cpu_snr_db"] = _worst(read_stack(case.references), outputs)
+    return path, row
 
 
 def measure(case: Case, route: str, folder: Path, python: Path | None) -> dict[str, Any]:
     """One row. An export, a compilation or a run that fails is a result too: `failed` says at what, `reason` why."""
-    import onnx_ir as ir
-
     step, row = "export", {}
     try:
-        path, seconds = write_onnx(case, route, folder, python)
-        ops = onnx_edit.op_counts(ir.load(path))
-        row |= {
-            "export_seconds": round(seconds, 2),
-            "nodes": sum(ops.values()),
-            "transposes": ops.get("Transpose", 0),
-            "ops": ops,
-        }
-        if case.samples:
-            row["cpu_snr_db"] = _worst(case.references, onnx_check.run_on_cpu(path, case.samples))
+        path, row = apart(f"graph {case.name} by {route}", export, case, route, folder, python)
         step = "compile"
-        wrapper = folder / f"{case.graph.name}_{case.soc}.onnx"
+        wrapper = folder / f"{case.file_name}_{case.soc}.onnx"
         binary = hexagon.compile_binary(path, wrapper, case.soc, traffic=True)
         row |= {
             "compile_seconds": round(binary.seconds, 2),
@@ -136,14 +179,14 @@ def measure(case: Case, route: str, folder: Path, python: Path | None) -> dict[s
             "dram_read_bytes": binary.traffic["dram_read_bytes"],
             "dram_write_bytes": binary.traffic["dram_write_bytes"],
         }
-        if not case.samples:
+        if case.inputs is None:
             return {**row, "failed": None}
         step = "run"
-        result = hexagon.run_on_simulator(wrapper, case.soc, case.samples)
+        result = hexagon.run_on_simulator(wrapper, case.soc, read_stack(case.inputs))
     except UserError as error:
         reason = str(error)
         return {**row, "failed": step, "reason": reason, "refused": refused_operators(reason)}
-    pairs = zip(case.references, result.outputs, strict=True)
+    pairs = zip(read_stack(case.references), result.outputs, strict=True)
     return {
         **row,
         "failed": None,
@@ -157,7 +200,7 @@ def refused_operators(reason: str) -> list[str]:
     return sorted(set(re.findall(r"name: [^{}]*?, type: (\w+) \}", reason)))
 
 
-def _worst(references: list[dict[str, np.ndarray]], results: list[dict[str, np.ndarray]]) -> float | None:
+def _worst(references: list[Sample], results: list[Sample]) -> float | None:
     """Lowest SNR of all outputs and samples; None where a value is not finite."""
     return onnx_check.json_number(float(np.min(list(onnx_check.worst_snr_db(references, results).values()))))
 
@@ -328,16 +371,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     todo = {name: [route for route in wanted if route not in rows.get(name, {})] for name in names}
     with stages(sum(map(len, todo.values()))) as begin:
-        for name, routes in todo.items():
-            case = load_case(args.model, name, options, args.soc, args.samples, args.seed) if routes else None
-            for route in routes:
-                begin(f"{name}: {route}")
-                folder = args.output / route / name
-                shutil.rmtree(folder, ignore_errors=True)
-                rows.setdefault(name, {})[route] = measure(case, route, folder, args.jax2onnx)
-                write_json(result, {"settings": settings, "graphs": rows})
-                if not args.keep:
+        for name in filter(todo.get, names):
+            with tempfile.TemporaryDirectory() as scratch:
+                load = (args.model, name, options, args.soc, args.samples, args.seed, Path(scratch))
+                case = apart(f"graph {name} in JAX", load_case, *load)
+                for route in todo[name]:
+                    begin(f"{name}: {route}")
+                    folder = args.output / route / name
                     shutil.rmtree(folder, ignore_errors=True)
+                    rows.setdefault(name, {})[route] = measure(case, route, folder, args.jax2onnx)
+                    write_json(result, {"settings": settings, "graphs": rows})
+                    if not args.keep:
+                        shutil.rmtree(folder, ignore_errors=True)
     shown = {name: rows[name] for name in names}
     print(table(shown))
     found = [f"{name}: {phrase}" for name in shown for phrase in behind(shown[name])]

@@ -21,12 +21,10 @@ its own. Writes DIR/mmdit_device.json and prints the table.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import json
 import math
-import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -36,6 +34,7 @@ from typing import Any
 import numpy as np
 
 from converters import chain, compile_hexagon, hexagon, onnx_check, qdq, samples
+from converters.apart import apart
 from converters.graph import TRANSFORMER, GraphOptions
 from converters.output_files import write_json
 from converters.shared_ranges import HEADROOM
@@ -160,13 +159,6 @@ def record(setup: Setup, name: str, report: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a new process, whose memory is gone afterwards."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def make_blocks(setup: Setup, stage: int, blocks: tuple[int, int], precision: str) -> None:
     """What `join` needs, where it is missing."""
     component = transformer(setup)
@@ -253,7 +245,7 @@ def shared(setup: Setup, blocks: tuple[int, int], stages: Sequence[int], precisi
 
 def prepare(setup: Setup, stage: int, blocks: tuple[int, int], precision: str) -> None:
     """The graph of some blocks in a precision."""
-    apart(make_blocks, setup, stage, blocks, precision)
+    apart(f"blocks of stage {stage}", make_blocks, setup, stage, blocks, precision)
     join(setup, stage, blocks, precision)
 
 

@@ -20,11 +20,15 @@ def first_line(error: BaseException) -> str:
     return line[:300]
 
 
-def run_command(main: Callable[[], int | None]) -> int:
-    """Exit status of a command: a `UserError` becomes `error: ...` on stderr and status 1."""
-    # Orbax and its event loop log a traceback for every failure that they also raise; the user needs one line.
+def quiet_libraries() -> None:
+    """Orbax and its event loop log a traceback for every failure that they also raise; the user needs one line."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Exit status of a command: a `UserError` becomes `error: ...` on stderr and status 1."""
+    quiet_libraries()
     try:
         return main() or 0
     except UserError as error:

@@ -124,7 +124,7 @@ def test_parts_must_follow_each_other():
 
 
 def test_measures_chunks_and_wholes_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(mmdit_device, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(mmdit_device, "apart", lambda what, function, *arguments: function(*arguments))
     command = ["--output", str(tmp_path), "--chunk", "1", "--stages", "0", "1", "--steps", "shared", "whole"]
     assert run_command(lambda: mmdit_device.main(command)) == 0
     shown = capsys.readouterr().out

@@ -1,6 +1,8 @@
 """`experiments.compare_routes`: rows of one graph, what a route's failure leaves, the table, and going on."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -11,7 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from converters import graphs, jax2onnx_route
+from converters import export_onnx, graphs, jax2onnx_route, onnx_check, tflite_route
+from converters.apart import apart
 from experiments import compare_routes
 from experiments.random_model import random_params
 from nd_jax.errors import UserError, run_command
@@ -37,8 +40,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def case(model):
-    return compare_routes.load_case(model, "quicksrnet", OPTIONS, "8-elite", 1, 0)
+def case(model, tmp_path_factory):
+    return compare_routes.load_case(model, "quicksrnet", OPTIONS, "8-elite", 1, 0, tmp_path_factory.mktemp("case"))
 
 
 def row(**changes):
@@ -51,7 +54,20 @@ def row(**changes):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+def here(what, function, *arguments):
+    """In place of `apart`: a process of its own knows nothing of what a test replaces."""
+    return function(*arguments)
+
+
 def test_rows_of_a_graph_and_going_on(model, tmp_path, capsys, monkeypatch):
+    # What holds weights is not called here: the compiler needs the memory.
+    for module, name in (
+        (graphs, "load_graph"),
+        (tflite_route, "trace"),
+        (export_onnx, "convert"),
+        (onnx_check, "run_on_cpu"),
+    ):
+        monkeypatch.delattr(module, name)
     command = ["--model", str(model), "--output", str(tmp_path), "--samples", "1"]
     assert run_command(lambda: compare_routes.main(command)) == 0
     shown = capsys.readouterr().out
@@ -86,6 +102,38 @@ def test_rows_of_a_graph_and_going_on(model, tmp_path, capsys, monkeypatch):
     assert "quicksrnet: nodes: 9, jax2onnx 3" in capsys.readouterr().out
     assert run_command(lambda: compare_routes.main([*command, "--seed", "1"])) == 1
     assert "was made with seed 0 instead of 1" in capsys.readouterr().err
+
+
+def test_a_graph_that_does_not_load_ends_the_command(model, tmp_path, capsys):
+    command = ["--model", str(model), "--output", str(tmp_path), "--graphs", "vae_encoder", "--samples", "0"]
+    assert run_command(lambda: compare_routes.main(command)) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and "causal_video_vae" in shown.err and "Traceback" not in shown.err
+    assert not (tmp_path / "routes.json").exists()
+
+
+def test_a_route_that_cannot_convert_is_a_row(case, tmp_path):
+    """From its process the message arrives as it is."""
+    found = compare_routes.measure(case, "jax2onnx", tmp_path, tmp_path / "none")
+    assert found["failed"] == "export"
+    assert found["reason"].startswith(f"{tmp_path / 'none'}: cannot be run (No such file or directory)")
+
+
+def test_a_process_that_is_killed():
+    with pytest.raises(UserError, match="graph unet by ours: its process was killed"):
+        apart("graph unet by ours", signal.raise_signal, signal.SIGKILL)
+    assert apart("getpid", os.getpid) != os.getpid()
+
+
+def test_samples_on_their_way(tmp_path):
+    samples = [{"ids": np.full((1, 3), i, np.int32), "a/b": np.float32([[i, -0.0]])} for i in range(2)]
+    compare_routes.write_stack(tmp_path / "inputs.npz", samples)
+    found = compare_routes.read_stack(tmp_path / "inputs.npz")
+    assert [list(sample) for sample in found] == [["ids", "a/b"]] * 2
+    for one, other in zip(samples, found, strict=True):
+        for name in one:
+            assert one[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(one[name], other[name])
 
 
 @pytest.mark.parametrize(
@@ -137,6 +185,7 @@ def test_what_the_htp_refuses_is_a_row(case, tmp_path, monkeypatch):
         onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=11), str(folder / "quicksrnet.onnx"))
         return folder / "quicksrnet.onnx", 0.0
 
+    monkeypatch.setattr(compare_routes, "apart", here)
     monkeypatch.setattr(compare_routes, "write_onnx", write)
     found = compare_routes.measure(case, "jax2onnx", tmp_path / "out", None)
     assert (found["failed"], found["nodes"], found["refused"]) == ("compile", 2, ["Einsum"])
@@ -224,16 +273,17 @@ def test_failures_of_the_other_environment(script, message, tmp_path):
         jax2onnx_route.export(tmp_path / "none", tmp_path, "unet", OPTIONS, tmp_path / "unet.onnx")
 
 
-def test_jax2onnx_traces_the_same_function(case, monkeypatch):
+def test_jax2onnx_traces_the_same_function(model, case, monkeypatch):
     """`to_onnx` is replaced by one that keeps what it is given: the suite's environment does not hold jax2onnx."""
     given = {}
     to_onnx = lambda function, **settings: given.update(settings, function=function)
     monkeypatch.setitem(sys.modules, "jax2onnx", types.SimpleNamespace(to_onnx=to_onnx))
-    jax2onnx_route.convert(case.graph)
+    jax2onnx_route.convert(graphs.load_graph("quicksrnet", model, OPTIONS))
     assert (given["input_names"], given["output_names"]) == (["frame"], ["large_frame"])
     assert [(x.shape, x.dtype) for x in given["inputs"]] == [((1, 6, 10, 3), np.dtype(np.float32))]
-    (large,) = given["function"](case.samples[0]["frame"])
-    np.testing.assert_allclose(large, case.references[0]["large_frame"], atol=1e-6)
+    (inputs,), (references,) = map(compare_routes.read_stack, (case.inputs, case.references))
+    (large,) = given["function"](inputs["frame"])
+    np.testing.assert_allclose(large, references["large_frame"], atol=1e-6)
 
 
 def test_importing_the_graphs_needs_no_converter():
