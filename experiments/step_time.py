@@ -27,7 +27,7 @@ from converters.progress import stages
 from experiments.config_file import load_config, plain
 from experiments.plan import suggestion, versions
 from experiments.topologies import training_overrides
-from experiments.train import add_process_arguments, check_job_arguments, processes
+from experiments.train import add_process_arguments, check_job_arguments, job
 from nd_jax.errors import UserError, run_command
 from nd_jax.files import write_text
 
@@ -244,12 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     placed = training_overrides(args.config, args.topology, args.slices)
     config = plain(load_config(args.config, [*placed, *overrides]))
 
-    from nd_jax.train.allocator import keep_freed_memory
-    from nd_jax.train.virtual_devices import order_collectives_of_virtual_devices
-
-    keep_freed_memory()
-    order_collectives_of_virtual_devices()
-    with processes(args, args.output / "logs"):
+    with job(args, args.output / "logs"):
         run(args, config)
     return 0
 

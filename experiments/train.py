@@ -15,7 +15,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,25 @@ def processes(args: argparse.Namespace, logs: Path) -> contextlib.AbstractContex
     )
 
 
+@contextlib.contextmanager
+def job(args: argparse.Namespace, logs: Path) -> Iterator[None]:
+    """This process as one that runs train steps, alone or with the others of its job."""
+    from nd_jax.train.allocator import keep_freed_memory
+    from nd_jax.train.virtual_devices import order_collectives_of_virtual_devices
+
+    keep_freed_memory()
+    order_collectives_of_virtual_devices()
+    with processes(args, logs):
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status; raises UserError."""
     args, overrides = parse(argv)
     placed = training_overrides(args.config, args.topology, args.slices)
     config = plain(load_config(args.config, [*placed, *overrides]))
 
-    from nd_jax.train.allocator import keep_freed_memory
-    from nd_jax.train.virtual_devices import order_collectives_of_virtual_devices
-
-    keep_freed_memory()
-    order_collectives_of_virtual_devices()
-    with processes(args, args.workdir / "logs"):
+    with job(args, args.workdir / "logs"):
         run(config, args.workdir)
     return 0
 
