@@ -200,3 +200,9 @@ def test_no_module_is_a_drawer_for_everything():
 @pytest.mark.parametrize("path", sources(*TOP_LEVEL, "tests"), ids=module_name)
 def test_every_module_has_a_docstring(path):
     assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def test_bazel_runs_every_test_file():
+    """A file that the table does not name would be left out without a word."""
+    table = (ROOT / "tests" / "BUILD.bazel").read_text(encoding="utf-8")
+    assert not [path.name for path in (ROOT / "tests").glob("test_*.py") if f'"{path.stem}": [' not in table]
