@@ -74,14 +74,14 @@ def make_arrays(config: Mapping[str, Any], method: Any, arguments: Any, batch: M
     optimizers = loop.make_optimizers(config, method)
     create = lambda p: steps.new_state(method, p, optimizers, config["ema_decay"] > 0, config["seed"])
     params = {name: weights(name, lies(tree)) for name, tree in arguments.state.params.items()}
-    # Each of the two would fill half the memory.
+    # Donated, or the parameters would be in memory twice.
     state = jax.jit(create, out_shardings=lies(arguments.state), donate_argnums=0)(params)
     frozen = {name: weights(name, lies(tree)) for name, tree in arguments.frozen.items()}
     return state, frozen, sharding.global_batch(batch, mesh)
 
 
 def time_step(step: Callable[..., Any], arrays: tuple, repeats: int, length: int) -> tuple[list[float], dict, tuple]:
-    """Runs a step again and again, waiting once every `length` steps as little as a training does.
+    """Runs a step again and again, and waits after every `length` of them: a training does not wait for single steps.
 
     Returns:
       (seconds of a step in each of `repeats` rows of `length` steps, its last metrics, arrays to go on with).
