@@ -104,13 +104,14 @@ def test_what_another_role_needs_is_in_memory_too():
     assert memory.peak >= memory.arguments + memory.elsewhere
 
 
-# In a process of its own, whose memory nothing else fills; kernels of 4 MiB, whose blocks go back when they are freed.
+# In a process of its own, whose memory nothing else fills; kernels of 16 MiB, whose blocks go back when they are freed.
+# Few rows: the workspace of matrix products, which is in no plan, grows with them and depends on how devices overlap.
 MEASURED = """
 import ctypes, gc, json, re
 from pathlib import Path
 from tests import toy_method as toy
 
-toy.WIDTH = 1024
+toy.WIDTH = 2048
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ from nd_jax.train import ahead, sharding
 def memory(name):
     return 1024 * int(re.search(rf"{name}:\\s*(\\d+) kB", Path("/proc/self/status").read_text()).group(1))
 
-method, config = toy.toy_method(), toy.toy_config(batch_size=4096)
+method, config = toy.toy_method(), toy.toy_config(batch_size=1024)
 mesh = sharding.make_mesh(config["mesh"])
 row = {"x": jax.ShapeDtypeStruct((toy.WIDTH,), jnp.float32), "weight": jax.ShapeDtypeStruct((), jnp.float32)}
 arguments = ahead.step_arguments(config, method, mesh, row)
@@ -154,7 +155,7 @@ def test_planned_memory_is_what_eight_devices_take():
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.splitlines()[-1])
     assert found["planned"] > 1e8
-    assert abs(found["measured"] / found["planned"] - 1) < 0.15, found
+    assert abs(found["measured"] / found["planned"] - 1) < 0.05, found
 
 
 @pytest.mark.parametrize(
