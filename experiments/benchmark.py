@@ -245,7 +245,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--suite", action="append", choices=SUITES, help="which suite; repeatable; default: all of the CPU"
+        "--suite", action="append", choices=SUITES, help=f"repeatable; default: all but {', '.join(ON_REQUEST)}"
     )
     parser.add_argument("--repeats", type=int, default=15, help="timed runs of each side (default 15)")
     parser.add_argument("--output", type=Path, default=Path("benchmark.json"), help="JSON (default benchmark.json)")

@@ -285,9 +285,11 @@ KERNELS = {"splash": (("tpu",), "TPUs"), "cudnn": (("gpu", "cuda"), "NVIDIA's GP
 
 def check_attention(name: str) -> None:
     """Raises UserError where the devices of the mesh in context, or else of this process, cannot run it."""
+    if name not in KERNELS:
+        return
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    platforms, devices = KERNELS.get(name, ((platform,), ""))
+    platforms, devices = KERNELS[name]
     if platform not in platforms:
         raise UserError(
             f"attention {name!r} is a kernel for {devices} and cannot run on these devices ({platform}): use "
