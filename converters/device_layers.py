@@ -6,7 +6,7 @@ Inside the context every layer that `FORMS` lists is computed by the function th
 else, the order of the layers included, is the model that training uses. The forms change where axes are and how many
 there are, never the function:
 
-    group norm   moments over the last axis of [B, G, C / G H W], which becomes InstanceNormalization         (1)
+    group norm   moments over the last axis of [B, G, C / G H W], which become a native norm (`onnx_norm`)    (1)
     attention    softmax(q k^T / sqrt(K) + bias) v on [B, H, L, K]; the bias is a constant of the graph       (2)
     upsampling   pixels beside themselves and DepthToSpace, which become Resize; or, with kernels of
                  `fold_upsampling`, one convolution at the lower resolution and DepthToSpace                  (3)

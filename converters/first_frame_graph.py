@@ -142,8 +142,7 @@ def unet(components: Mapping[str, Component], options: GraphOptions) -> Graph:
         reference=lambda *inputs: reference(without, *inputs),
         sample=sample,
         native_ops={
-            "InstanceNormalization": count_leaves(params, r"(?!.*/blocks/).*/scale$"),
-            "LayerNormalization": count_leaves(params, r".*/blocks/.*norm/scale$"),
+            "InstanceNormalization or LayerNormalization": count_leaves(params, r".*/scale$"),
             "Softmax": attentions,
             "Gelu": attentions // 2,
             "Resize": len(down_stages(config)) - 1,
@@ -199,7 +198,7 @@ def image_decoder(components: Mapping[str, Component], options: GraphOptions) ->
         sample=sample,
         native_ops={
             "Conv": count_leaves(params, r".*(conv|shortcut)[^/]*/kernel$"),
-            "InstanceNormalization": count_leaves(params, r".*/scale$"),
+            "InstanceNormalization or LayerNormalization": count_leaves(params, r".*/scale$"),
             "Softmax": 1,
             "DepthToSpace": len(config.block_out_channels) - 1,
         },

@@ -33,7 +33,7 @@ class Graph:
       apply: (params, *inputs) -> tuple of outputs; traced.
       reference: (*inputs) -> tuple of outputs by the model that training uses, on unchanged weights.
       sample: random generator -> one valid set of inputs by name.
-      native_ops: how often each native operator must appear once they are restored.
+      native_ops: how often each native operator must appear once they are restored; "A or B" for both together.
       expand_gelu: write GELU in elementary operators afterwards.
       carried: output name -> name of the input that takes it at the next call.
       notes: what the builder decided, for the report.

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters.onnx_edit import replace_value
+from converters.onnx_edit import channel_weight, replace_value
 from converters.scalar_cones import scalar_constant
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def bias_into_conv(model: "ir.Model") -> int:
         target, bias = node.outputs[0], []
         readers = [use.node for use in target.uses()]
         if len(readers) == 1 and readers[0].op_type == "Add" and not target.is_graph_output():
-            added = _flat_bias(next(value for value in readers[0].inputs if value is not target))
+            added = channel_weight(next(value for value in readers[0].inputs if value is not target))
             if added is not None and added.shape[0] == target.shape[1]:
                 target, bias = readers[0].outputs[0], [added]
         replace_value(model, target, ir.node("Conv", [*node.inputs[:2], *bias], attributes=dict(node.attributes)))
@@ -40,15 +40,6 @@ def bias_into_conv(model: "ir.Model") -> int:
 def _has_zero_bias(conv: "ir.Node") -> bool:
     bias = conv.inputs[2].const_value if len(conv.inputs) > 2 else None
     return bias is not None and not np.any(bias.numpy())
-
-
-def _flat_bias(operand: "ir.Value") -> "ir.Value | None":
-    """The [C] weight that an operand [1, C, 1, 1] is a Reshape of."""
-    reshape = operand.producer()
-    if reshape is None or reshape.op_type != "Reshape" or reshape.inputs[0].const_value is None:
-        return None
-    weight, rank, shape = reshape.inputs[0], len(operand.shape), operand.shape.numpy()
-    return weight if rank == 4 and len(weight.shape) == 1 and shape[1] == weight.shape[0] else None
 
 
 def pad_into_conv(model: "ir.Model") -> int:

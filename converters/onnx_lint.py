@@ -22,14 +22,14 @@ MAX_RANK = 4
 
 MEASURED_OPS = frozenset(
     """
-    Add Cast Clip Concat Conv ConvTranspose DepthToSpace Div Gather Gelu InstanceNormalization LayerNormalization
-    MatMul Mul Neg Pad Relu Reshape Resize RMSNormalization RotaryEmbedding Sigmoid Slice Softmax Split Sub Tanh
-    Transpose
+    Add BatchNormalization Cast Clip Concat Conv ConvTranspose DepthToSpace Div Gather Gelu InstanceNormalization
+    LayerNormalization MatMul Mul Neg Pad Relu Reshape Resize RMSNormalization RotaryEmbedding Sigmoid Slice Softmax
+    Split Sub Tanh Transpose
     """.split()
 )
 REASONS = {
     "Einsum": "the HTP rejects it",
-    "GroupNormalization": "the HTP rejects it; write Reshape, InstanceNormalization, scale and shift",
+    "GroupNormalization": "the HTP rejects it; write it as converters.onnx_norm does",
     "GatherND": "the HTP computes it wrong; use Gather with int32 indices",
     "Where": "tables and masks belong on the host, or in arithmetic with finite values",
     "Exp": "a decomposed softmax is computed wrong; use Softmax",

@@ -88,7 +88,7 @@ def quantize_graph(
     ):
         begin("ranges")
         norms = stack.enter_context(split_norms(onnx_path, samples, excluded))
-        model, excluded = read_model(norms.path), [*excluded, *norms.roots]
+        model, excluded = read_model(norms.path), [*excluded, *norms.float_nodes]
         extremes = onnx_check.value_extremes(norms.path, samples())
         _check_ranges(extremes, calibration)
         extremes |= {name: tuple(more * limit for limit in extremes[name]) for name, more in norms.headroom.items()}

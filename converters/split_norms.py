@@ -30,6 +30,11 @@ from nd_jax.errors import UserError
 if TYPE_CHECKING:
     import onnx
 
+# The two forms of a group norm, see `converters.onnx_norm`, by the norm.
+FORMS = {
+    "InstanceNormalization": ("Reshape", "InstanceNormalization", "Reshape", "Mul", "Add"),
+    "LayerNormalization": ("Reshape", "LayerNormalization", "Reshape", "BatchNormalization"),
+}
 # Operators and what they make, in FP16.
 ROOT = (("Add", "padded"), ("Sqrt", "deviation"), ("Div", "inverse"))
 # What is wider than on the samples: squares, by the square of the headroom of other values; and 1 / sqrt(v), which is
@@ -48,13 +53,13 @@ class SplitNorms:
 
     Attributes:
       path: the graph, beside the original and with its external data.
-      roots: nodes that stay in FP16.
+      float_nodes: nodes that stay in FP16: the roots, and a BatchNormalization behind a norm that stays.
       sums: convolutions that add up or spread groups, whose weights 8 bits hold exactly.
       headroom: value -> by how much its range must be wider than that of others.
     """
 
     path: Path
-    roots: tuple[str, ...] = ()
+    float_nodes: tuple[str, ...] = ()
     sums: tuple[str, ...] = ()
     headroom: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -70,7 +75,7 @@ class _Norm:
     groups: int
     epsilon: float
     scale: np.ndarray
-    bias: str
+    bias: np.ndarray
 
 
 @contextlib.contextmanager
@@ -80,7 +85,7 @@ def split_norms(
     """Equation 2 for every group norm of a float graph; the file is deleted at the end.
 
     Args:
-      onnx_path: of `converters.export_onnx`, whose group norms are Reshape, InstanceNormalization, Reshape, Mul, Add.
+      onnx_path: of `converters.export_onnx`, whose group norms have one of the `FORMS`.
       samples: called for one pass over the inputs of the graph.
       keep: names of nodes that stay as they are.
 
@@ -90,9 +95,9 @@ def split_norms(
     import onnx
 
     model = onnx.shape_inference.infer_shapes(onnx.load(str(onnx_path), load_external_data=False))
-    norms = _find(model, onnx_path, keep)
+    norms, kept = _find(model, onnx_path, keep)
     if not norms:
-        yield SplitNorms(onnx_path)
+        yield SplitNorms(onnx_path, kept)
         return
     path = onnx_path.with_name(f".{onnx_path.stem}.split.onnx")
     try:
@@ -103,7 +108,7 @@ def split_norms(
         onnx.save(model, str(path))
         yield SplitNorms(
             path,
-            roots=tuple(f"{op}:{norm.name}/{value}" for norm in norms for op, value in ROOT),
+            float_nodes=(*kept, *(f"{op}:{norm.name}/{value}" for norm in norms for op, value in ROOT)),
             sums=tuple(node.name for node in model.graph.node if node.name.startswith("Conv:group_sum/")),
             headroom={f"{norm.name}/{value}": more for norm in norms for value, more in WIDER.items()},
         )
@@ -111,7 +116,8 @@ def split_norms(
         path.unlink(missing_ok=True)
 
 
-def _find(model: "onnx.ModelProto", onnx_path: Path, keep: Collection[str]) -> list[_Norm]:
+def _find(model: "onnx.ModelProto", onnx_path: Path, keep: Collection[str]) -> tuple[list[_Norm], tuple[str, ...]]:
+    """The group norms, and every BatchNormalization behind one that `keep` names, which is not found."""
     import onnx
 
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -125,20 +131,26 @@ def _find(model: "onnx.ModelProto", onnx_path: Path, keep: Collection[str]) -> l
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    found = []
+    found, kept = [], []
     for norm in model.graph.node:
-        if norm.op_type != "InstanceNormalization" or norm.name in keep:
+        form = FORMS.get(norm.op_type)
+        if form is None:
             continue
         nodes = [producers.get(norm.input[0]), norm]
-        for _ in ("Reshape", "Mul", "Add"):
+        for _ in form[2:]:
             behind = readers.get(nodes[-1].output[0], [])
             nodes += behind if len(behind) == 1 else []
         picture = nodes[0].input[0] if nodes[0] is not None else ""
-        factors = [name for node in nodes[3:] for name in node.input if name in constants]
-        ops = [node.op_type for node in nodes if node is not None]
-        whole = ops == ["Reshape", "InstanceNormalization", "Reshape", "Mul", "Add"] and len(factors) == 2
+        ops = tuple(node.op_type for node in nodes if node is not None)
+        if norm.op_type == "LayerNormalization" and not _of_picture(ops, shapes.get(picture, [])):
+            continue
+        if norm.name in keep:
+            kept += [node.name for node in nodes if node.op_type == "BatchNormalization" and node.name not in keep]
+            continue
+        factors = [name for node in nodes[3:] for name in node.input[:3] if name in constants]
         if (
-            not whole
+            ops != form
+            or len(factors) != 2
             or any(node.output[0] in ends for node in nodes[:-1])
             or shapes[picture] != shapes[nodes[2].output[0]]
             or len(shapes[picture]) != 4
@@ -147,13 +159,16 @@ def _find(model: "onnx.ModelProto", onnx_path: Path, keep: Collection[str]) -> l
                 f"{onnx_path}: {norm.name!r} is not a group norm between two Reshapes with a scale and a bias of the "
                 "channels behind it; --keep-float leaves it in FP16"
             )
-        scale = onnx.numpy_helper.to_array(constants[factors[0]], str(onnx_path.parent))
+        scale, bias = (onnx.numpy_helper.to_array(constants[name], str(onnx_path.parent)) for name in factors)
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
         channels, groups = shapes[picture][1], shapes[norm.input[0]][1]
-        found.append(
-            _Norm(tuple(nodes), norm.output[0], picture, channels, groups, epsilon, scale.reshape(-1), factors[1])
-        )
-    return found
+        found.append(_Norm(tuple(nodes), norm.output[0], picture, channels, groups, epsilon, scale.reshape(-1), bias))
+    return found, tuple(kept)
+
+
+def _of_picture(ops: tuple[str, ...], shape: list[int]) -> bool:
+    """Whether a LayerNormalization among these operators is a group norm's: others are of tokens."""
+    return ops[:3] == ("Reshape", "LayerNormalization", "Reshape") and len(shape) == 4
 
 
 def _split(model: "onnx.ModelProto", norm: _Norm) -> None:
@@ -193,7 +208,8 @@ def _split(model: "onnx.ModelProto", norm: _Norm) -> None:
     inverse = add("Div", [constant(f"{name}/one", np.ones((1, 1, 1, 1), np.float32)), deviation], f"{name}/inverse")
     factor = add("Conv", [inverse, scale], f"{name}/factor", "group_sum/")
     scaled = add("Mul", [centred, factor], f"{name}/scaled")
-    add("Add", [scaled, norm.bias], norm.nodes[-1].output[0])
+    bias = constant(f"{name}/bias", norm.bias.reshape(-1, 1, 1))
+    add("Add", [scaled, bias], norm.nodes[-1].output[0])
     place = list(model.graph.node).index(norm.nodes[0])
     gone = {output for node in norm.nodes[:-1] for output in node.output}
     for value in [value for value in model.graph.value_info if value.name in gone]:

@@ -100,7 +100,7 @@ def vae_encoder(components: Mapping[str, Component], options: GraphOptions) -> G
         sample=lambda rng: {"image": rng.uniform(-1, 1, pixels).astype(np.float32)},
         native_ops={
             "Conv": count_leaves(params, r".*(conv|down|shortcut|mean|logvar)[^/]*/kernel$"),
-            "InstanceNormalization": count_leaves(params, r".*norm[^/]*/scale$"),
+            "InstanceNormalization or LayerNormalization": count_leaves(params, r".*norm[^/]*/scale$"),
             "Softmax": 1,
             "Clip": 1,
         },

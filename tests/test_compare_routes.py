@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from converters import export_onnx, graphs, jax2onnx_route, onnx_check, tflite_route
+from converters import export_onnx, graphs, jax2onnx_route, onnx_check, onnx_edit, tflite_route
 from converters.apart import apart
 from experiments import compare_routes
 from experiments.random_model import random_params
@@ -192,6 +192,27 @@ def test_what_the_htp_refuses_is_a_row(case, tmp_path, monkeypatch):
     assert found["cpu_snr_db"] < 60
     assert "| 2 (0) |" in compare_routes.table({"g": {"jax2onnx": found}})
     assert "refused: Einsum" in compare_routes.table({"g": {"jax2onnx": found}})
+
+
+@pytest.mark.parametrize(
+    ("equation", "count"),
+    [
+        ("blhk,bshk->bhls", 2),  # q k^T: heads before tokens, in both
+        ("bhls, bshk -> blhk", 2),  # p v: in v, and back
+        ("bhlk,bhks->bhls", 0),
+        ("bhks,bhlk->bhls", 0),  # the second operand may be the first
+        ("bqc,bkc->bqk", 1),
+        ("abc,cd->abd", 0),
+        ("abc,cd->adb", 1),
+        ("lhbk,shbk->bhls", 2),
+        ("ab,cd->abcd", 0),
+        ("ab->ba", 0),  # no product of two tensors
+        ("ab,bc,cd->ad", 0),
+        ("abc,cd->ad", 0),
+    ],
+)
+def test_transposes_that_an_einsum_holds(equation, count):
+    assert onnx_edit.einsum_transposes(equation) == count
 
 
 def test_operators_are_found_in_the_compilers_message():

@@ -131,14 +131,14 @@ def test_graph_is_what_the_device_wants(name, exported):
 
 
 def test_weights_are_the_models_own(exported):
-    """Convolutions as OIHW, norms of pictures as [C, 1, 1], the last time slice of a 3D kernel."""
+    """Convolutions as OIHW, norms of small pictures as [C], the last time slice of a 3D kernel."""
     model, _ = exported("vae_encoder")
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     encoder = component("causal_video_vae").params["encoder"]
     kernel = encoder["down_0_block_0"]["conv1"]["kernel"]
     np.testing.assert_array_equal(arrays["encoder/down_0_block_0/conv1/kernel"], kernel[2].transpose(3, 2, 0, 1))
     scale = encoder["norm_out"]["scale"]
-    np.testing.assert_array_equal(arrays["encoder/norm_out/scale"], scale[:, None, None])
+    np.testing.assert_array_equal(arrays["encoder/norm_out/scale"], scale)
 
 
 def test_the_command_takes_sizes_from_the_folder_unless_they_are_given(tmp_path, capsys):
@@ -261,7 +261,35 @@ def test_moments_of_something_else_are_no_norm(changes):
     assert "LayerNormalization" not in ops and ops["Sqrt"] == 1
 
 
-def test_group_norm_is_an_instance_norm_with_scale_and_bias_behind_it():
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (4, {"Reshape": 2, "LayerNormalization": 1, "BatchNormalization": 1}),
+        (2**17, {"Reshape": 2, "LayerNormalization": 1, "BatchNormalization": 1}),
+        (2**17 + 1, {"Reshape": 2, "InstanceNormalization": 1, "Mul": 1, "Add": 1}),
+    ],
+)
+def test_the_form_of_a_group_norm_goes_by_the_size_of_the_picture(width, expected):
+    text = f"""
+    agraph (float[1,4,4,{width}] x) => (float[1,4,4,{width}] y) {{
+      rows = Reshape (x, groups)
+      normed = LayerNormalization <axis = -1> (rows, ones)
+      back = Reshape (normed, picture)
+      wide = Reshape (scale, channels)
+      scaled = Mul (back, wide)
+      high = Reshape (bias, channels)
+      y = Add (high, scaled)
+    }}"""
+    shapes = {"groups": np.array([1, 2, 8 * width]), "picture": np.array([1, 4, 4, width])}
+    vectors = {name: np.arange(4, dtype=np.float32) for name in ("scale", "bias")}
+    constants = {"channels": np.array([1, 4, 1, 1]), "ones": np.ones(8 * width, np.float32), **vectors}
+    model, ops = rewritten(text, **shapes, **constants)
+    assert ops == expected
+    wanted = [4] if "BatchNormalization" in ops else [4, 1, 1]
+    assert [list(model.graph.initializers[name].shape) for name in vectors] == [wanted] * 2
+
+
+def test_a_group_norm_without_a_bias_keeps_its_scale():
     text = """
     agraph (float[1,4,3,4] x) => (float[1,4,3,4] y) {
       rows = Reshape (x, groups)
@@ -271,9 +299,8 @@ def test_group_norm_is_an_instance_norm_with_scale_and_bias_behind_it():
       y = Mul (back, wide)
     }"""
     shapes = {"groups": np.array([1, 2, 24]), "picture": np.array([1, 4, 3, 4]), "channels": np.array([1, 4, 1, 1])}
-    model, ops = rewritten(text, **shapes, ones=np.ones(24, np.float32), scale=np.arange(4, dtype=np.float32))
-    assert ops == {"Reshape": 2, "InstanceNormalization": 1, "Mul": 1}
-    assert list(model.graph.initializers["scale"].shape) == [4, 1, 1]
+    _, ops = rewritten(text, **shapes, ones=np.ones(24, np.float32), scale=np.arange(4, dtype=np.float32))
+    assert ops == {"Reshape": 2, "LayerNormalization": 1, "Mul": 1}
 
 
 @pytest.mark.parametrize(("parts", "resized"), [("x, x, x, x", 1), ("x, x, x, z", 0)])

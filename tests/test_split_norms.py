@@ -12,8 +12,8 @@ from nd_jax.errors import UserError
 from tests.quantize_case import node, write_graph
 
 
-def group_norm(path, sizes=(1.0, 1.0), height=8, width=8, channels=8, behind=True):
-    """Of a picture whose groups have numbers of about `sizes`, with scale, bias and SiLU."""
+def group_norm(path, sizes=(1.0, 1.0), height=8, width=8, channels=8, behind=True, form="InstanceNormalization"):
+    """Of a picture whose groups have numbers of about `sizes`, with scale, bias and SiLU; in one of the two forms."""
     rng = np.random.default_rng(2)
     draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
     groups = len(sizes)
@@ -22,13 +22,21 @@ def group_norm(path, sizes=(1.0, 1.0), height=8, width=8, channels=8, behind=Tru
     constants |= {"groups": np.array([1, groups, channels // groups * height * width])}
     constants |= {"picture": np.array([1, channels, height, width]), "scale": 1 + 0.2 * draw(channels, 1, 1)}
     constants |= {"bias": draw(channels, 1, 1), "out": draw(4, channels, 1, 1)}
+    norm = [node("InstanceNormalization", "rows one zero", "normed", epsilon=1e-6)]
+    tail = [node("Mul", "back scale", "scaled"), node("Add" if behind else "Sub", "scaled bias", "shifted")]
+    if form == "LayerNormalization":
+        constants["ones"] = np.ones(constants["groups"][-1], np.float32)
+        norm = [node("LayerNormalization", "rows ones", "normed", axis=-1, epsilon=1e-6)]
+        if behind:
+            constants |= {name: constants[name].reshape(-1) for name in ("scale", "bias")}
+            constants |= {"mean": np.zeros(channels, np.float32), "variance": np.ones(channels, np.float32)}
+            tail = [node("BatchNormalization", "back scale bias mean variance", "shifted", epsilon=0.0)]
     nodes = [
         node("Conv", "x kernel", "a"),
         node("Reshape", "a groups", "rows"),
-        node("InstanceNormalization", "rows one zero", "normed", epsilon=1e-6),
+        *norm,
         node("Reshape", "normed picture", "back"),
-        node("Mul", "back scale", "scaled"),
-        node("Add" if behind else "Sub", "scaled bias", "shifted"),
+        *tail,
         node("Sigmoid", "shifted", "gate"),
         node("Mul", "shifted gate", "silu"),
         node("Conv", "silu out", "y"),
@@ -44,9 +52,13 @@ def write_samples(path, height=8, width=8, count=4, spread=1.0):
     return path, [{"x": x} for x in stack]
 
 
+FORMS = ("InstanceNormalization", "LayerNormalization")
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", [(1e-4, 1e-4), (1.0, 1.0), (3e5, 3e5), (1e3, 4.0)])
-def test_it_is_the_same_norm_with_variances_near_one(sizes, tmp_path):
-    source, (_, samples) = group_norm(tmp_path / "g.onnx", sizes), write_samples(tmp_path / "x.npz")
+def test_it_is_the_same_norm_with_variances_near_one(sizes, form, tmp_path):
+    source, (_, samples) = group_norm(tmp_path / "g.onnx", sizes, form=form), write_samples(tmp_path / "x.npz")
     with split_norms(source, lambda: samples) as norms:
         assert onnx_check.worst_snr_db(
             onnx_check.run_on_cpu(source, samples), onnx_check.run_on_cpu(norms.path, samples)
@@ -54,9 +66,9 @@ def test_it_is_the_same_norm_with_variances_near_one(sizes, tmp_path):
         variances = next(onnx_check.inner_values(norms.path, ["normed/variance"], samples))
         assert all(0.2 < number < 5 for _, v in variances for number in v.reshape(-1))
         model = onnx.load(str(norms.path))
-        assert not [n for n in model.graph.node if n.op_type in ("InstanceNormalization", "Reshape")]
+        assert not [n for n in model.graph.node if n.op_type in (*FORMS, "BatchNormalization", "Reshape")]
         names = {n.name for n in model.graph.node}
-        assert set(norms.roots) <= names and set(norms.sums) <= names and len(norms.sums) == 4
+        assert set(norms.float_nodes) <= names and set(norms.sums) <= names and len(norms.sums) == 4
         onnx.checker.check_model(model)
     assert not list(tmp_path.glob(".*"))
 
@@ -111,16 +123,26 @@ def test_the_compiler_moves_the_picture_twice(tmp_path):
     assert traffic["dram_read_bytes"] < 2.5 * picture and traffic["dram_write_bytes"] < 2.5 * picture
 
 
-def test_a_norm_of_another_form(tmp_path):
-    source, (path, _) = group_norm(tmp_path / "g.onnx", behind=False), write_samples(tmp_path / "x.npz")
-    message = (
-        "'InstanceNormalization:normed' is not a group norm between two Reshapes .* --keep-float leaves it in FP16"
-    )
+@pytest.mark.parametrize("form", FORMS)
+def test_a_norm_of_another_form(form, tmp_path):
+    source = group_norm(tmp_path / "g.onnx", behind=False, form=form)
+    path, _ = write_samples(tmp_path / "x.npz")
+    message = f"'{form}:normed' is not a group norm between two Reshapes .* --keep-float leaves it in FP16"
     with pytest.raises(UserError, match=message):
         quantize.quantize_graph(source, path, tmp_path / "q.onnx")
-    plan = PrecisionPlan(keep_float=("InstanceNormalization:normed",))
+    plan = PrecisionPlan(keep_float=(f"{form}:normed",))
     report = quantize.quantize_graph(source, path, tmp_path / "q.onnx", plan)
-    assert report["float_nodes"] == ["InstanceNormalization:normed"]
+    assert report["float_nodes"] == [f"{form}:normed"]
+
+
+def test_scale_and_bias_stay_in_floating_point_with_their_norm(tmp_path):
+    source = group_norm(tmp_path / "g.onnx", form="LayerNormalization")
+    path, _ = write_samples(tmp_path / "x.npz")
+    plan = PrecisionPlan(keep_float=("LayerNormalization:normed",))
+    report = quantize.quantize_graph(source, path, tmp_path / "q.onnx", plan)
+    assert report["float_nodes"] == ["LayerNormalization:normed", "BatchNormalization:shifted"]
+    made = compile_hexagon.compile_graph(tmp_path / "q.onnx", tmp_path / "bin", "8-elite", 2, path, source)
+    assert made["simulator"]["snr_db"]["y"] == pytest.approx(report["snr_db"]["quantised"]["y"], abs=3)
 
 
 def test_samples_that_are_not_finite(tmp_path):
