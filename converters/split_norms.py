@@ -131,7 +131,7 @@ def _find(model: "onnx.ModelProto", onnx_path: Path, keep: Collection[str]) -> t
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    read = lambda name: onnx.numpy_helper.to_array(constants[name], str(onnx_path.parent))
+    arrays = lambda names: [onnx.numpy_helper.to_array(constants[name], str(onnx_path.parent)) for name in names]
     found, kept = [], []
     for norm in model.graph.node:
         form = FORMS.get(norm.op_type)
@@ -149,10 +149,11 @@ def _find(model: "onnx.ModelProto", onnx_path: Path, keep: Collection[str]) -> t
             kept += [node.name for node in nodes if node.op_type == "BatchNormalization" and node.name not in keep]
             continue
         factors = [name for node in nodes[3:] for name in node.input[:3] if name in constants]
+        moments = [name for node in nodes[3:] for name in node.input[3:] if name in constants]
         if (
             ops != form
             or len(factors) != 2
-            or not _only_scales(nodes[-1], read)
+            or not _only_scales(nodes[-1], arrays(moments))
             or any(node.output[0] in ends for node in nodes[:-1])
             or shapes[picture] != shapes[nodes[2].output[0]]
             or len(shapes[picture]) != 4
@@ -161,7 +162,7 @@ def _find(model: "onnx.ModelProto", onnx_path: Path, keep: Collection[str]) -> t
                 f"{onnx_path}: {norm.name!r} is not a group norm between two Reshapes with a scale and a bias of the "
                 "channels behind it; --keep-float leaves it in FP16"
             )
-        scale, bias = map(read, factors)
+        scale, bias = arrays(factors)
         epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
         channels, groups = shapes[picture][1], shapes[norm.input[0]][1]
         found.append(_Norm(tuple(nodes), norm.output[0], picture, channels, groups, epsilon, scale.reshape(-1), bias))
@@ -173,13 +174,12 @@ def _of_picture(ops: tuple[str, ...], shape: list[int]) -> bool:
     return ops[:3] == ("Reshape", "LayerNormalization", "Reshape") and len(shape) == 4
 
 
-def _only_scales(node: "onnx.NodeProto", read: Callable[[str], np.ndarray]) -> bool:
-    """False for a BatchNormalization that is more than x * scale + bias."""
+def _only_scales(node: "onnx.NodeProto", moments: list[np.ndarray]) -> bool:
+    """False for a BatchNormalization that is more than x * scale + bias, or may be: its moments are not constant."""
     if node.op_type != "BatchNormalization":
         return True
     epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-    mean, variance = map(read, node.input[3:5])
-    return epsilon == 0 and not mean.any() and bool((variance == 1).all())
+    return epsilon == 0 and len(moments) == 2 and not moments[0].any() and bool((moments[1] == 1).all())
 
 
 def _split(model: "onnx.ModelProto", norm: _Norm) -> None:

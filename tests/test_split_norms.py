@@ -145,12 +145,19 @@ def test_scale_and_bias_stay_in_floating_point_with_their_norm(tmp_path):
     assert made["simulator"]["snr_db"]["y"] == pytest.approx(report["snr_db"]["quantised"]["y"], abs=3)
 
 
-@pytest.mark.parametrize("changed", ["mean", "variance"])
+@pytest.mark.parametrize("changed", ["mean", "variance", "epsilon", "computed mean"])
 def test_a_batch_norm_that_does_more_than_scale(changed, tmp_path):
     source = group_norm(tmp_path / "g.onnx", form="LayerNormalization")
     model = onnx.load(str(source))
-    (tensor,) = (t for t in model.graph.initializer if t.name == changed)
-    tensor.CopyFrom(numpy_helper.from_array(np.full(8, 0.5, np.float32), changed))
+    (norm,) = (n for n in model.graph.node if n.op_type == "BatchNormalization")
+    if changed == "epsilon":
+        norm.attribute[0].f = 0.5
+    elif changed == "computed mean":
+        model.graph.node.insert(0, node("Neg", "mean", "moved"))
+        norm.input[3] = "moved"
+    else:
+        (tensor,) = (t for t in model.graph.initializer if t.name == changed)
+        tensor.CopyFrom(numpy_helper.from_array(np.full(8, 0.5, np.float32), changed))
     onnx.save(model, str(source))
     with pytest.raises(UserError, match="is not a group norm"):
         quantize.quantize_graph(source, write_samples(tmp_path / "x.npz")[0], tmp_path / "q.onnx")
