@@ -47,9 +47,13 @@ def load_graph(name: str, model_dir: str | Path, options: GraphOptions) -> Graph
     """
     if name not in GRAPHS:
         raise UserError(f"graph {name!r} does not exist; choose one of {', '.join(sorted(GRAPHS))}")
-    components, build = GRAPHS[name]
-    folders = {name: options.transformer if name == TRANSFORMER else name for name in components}
-    return build({name: _load_component(Path(model_dir) / folder) for name, folder in folders.items()}, options)
+    folders = component_folders(name, model_dir, options.transformer)
+    return GRAPHS[name][1]({part: _load_component(folder) for part, folder in folders.items()}, options)
+
+
+def component_folders(name: str, model_dir: str | Path, transformer: str = TRANSFORMER) -> dict[str, Path]:
+    """Component that graph `name` is made of -> its folder, where `transformer` is the subfolder of the transformer."""
+    return {part: Path(model_dir) / (transformer if part == TRANSFORMER else part) for part in GRAPHS[name][0]}
 
 
 def _load_component(folder: Path) -> Component:

@@ -9,7 +9,7 @@
 All three trace the same `Graph.apply` with the same weights, are compiled in FP16 for the same chip, and run on the HTP
 simulator on the same inputs. SNRs are against the model that training uses, in float32 in JAX; they differ by several
 dB from input to input, so routes are compared by the differences on the same input. Writes DIR/routes.json after every
-row, and goes on behind the last one when it is called again.
+row, and goes on behind the last one when it is called again; rows of weights that were written since are made anew.
 
 What holds weights or runs JAX is a process of its own (`converters.apart`): the memory is the compiler's afterwards.
 """
@@ -44,6 +44,7 @@ from converters.output_files import write_json
 from converters.progress import stages
 from converters.samples import Sample, read_arrays
 from nd_jax.errors import UserError, run_command
+from nd_jax.files import state_of_files
 
 ROUTES = ("ours", "tf2onnx", "jax2onnx")
 RESULT = "routes.json"
@@ -370,7 +371,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = GraphOptions(transformer=args.transformer, blocks=args.blocks, **sizes)
     wanted = [route for route in ROUTES if route != "jax2onnx" or args.jax2onnx is not None]
     args.output.mkdir(parents=True, exist_ok=True)
-    todo = {name: [route for route in wanted if route not in rows.get(name, {})] for name in names}
+    folders = lambda name: graphs.component_folders(name, args.model, args.transformer).values()
+    state = {name: {"model_files": state_of_files(folders(name))} for name in names}
+    done = lambda name, route: rows.get(name, {}).get(route, {}).items() >= state[name].items()
+    todo = {name: [route for route in wanted if not done(name, route)] for name in names}
     with stages(sum(map(len, todo.values()))) as begin:
         for name in filter(todo.get, names):
             with tempfile.TemporaryDirectory() as scratch:
@@ -380,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     begin(f"{name}: {route}")
                     folder = args.output / route / name
                     shutil.rmtree(folder, ignore_errors=True)
-                    rows.setdefault(name, {})[route] = measure(case, route, folder, args.jax2onnx)
+                    rows.setdefault(name, {})[route] = measure(case, route, folder, args.jax2onnx) | state[name]
                     write_json(result, {"settings": settings, "graphs": rows})
                     if not args.keep:
                         shutil.rmtree(folder, ignore_errors=True)

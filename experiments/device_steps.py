@@ -1,7 +1,8 @@
 """Commands on the way of a graph to a chip, each a process of its own with its time and memory noted.
 
 What a command gave is in FOLDER/steps/NAME.json, what it printed in NAME.log. A step that is done is not run again: its
-note has the same command, no error, and is younger than the notes of the steps that it builds on.
+note has the same command, no error, and is younger than the notes of the steps that it builds on, and none of the files
+that it reads was written since.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nd_jax.errors import UserError
-from nd_jax.files import write_text
+from nd_jax.files import state_of_files, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Step:
       after: names of the steps that it builds on.
       files: what it leaves for later steps; a step whose files are gone is run again when they are needed.
       limit: seconds, after which the process is ended; None for no limit.
+      reads: files, and folders of files, that no step makes.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Step:
     after: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     limit: float | None = None
+    reads: tuple[Path, ...] = ()
 
 
 def python(module: str, *args: Any) -> list[str]:
@@ -69,7 +72,7 @@ def run_steps(folder: Path, steps: Sequence[Step]) -> None:
 def is_done(folder: Path, step: Step) -> bool:
     """Whether a step need not run: it is done, or it took too long and has no more time now."""
     note = read_note(folder, step.name)
-    if note is None or note["command"] != _shown(step.command):
+    if note is None or note["command"] != _shown(step.command) or note.get("reads") != state_of_files(step.reads):
         return False
     if "error" in note and (note.get("limit") is None or step.limit is None or step.limit > note["limit"]):
         return False
@@ -78,9 +81,10 @@ def is_done(folder: Path, step: Step) -> bool:
 
 
 def read_note(folder: Path, name: str) -> dict[str, Any] | None:
-    """{"command", "seconds", "cpu_seconds", "peak_bytes", "finished"[, "error"[, "limit"]]} of a step, or None.
+    """The note of a step, or None: {"command", "reads", "seconds", "cpu_seconds", "peak_bytes", "finished"}.
 
-    `peak_bytes` is the largest resident memory of any process of the step.
+    With "error" if it failed, and "limit" if that was its limit of seconds. `peak_bytes` is the largest resident memory
+    of any process of the step; `reads` is the state of the files that it read.
     """
     path = folder / "steps" / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
@@ -89,6 +93,7 @@ def read_note(folder: Path, name: str) -> dict[str, Any] | None:
 def _run(folder: Path, step: Step) -> None:
     (folder / "steps").mkdir(parents=True, exist_ok=True)
     log, begin, late = folder / "steps" / f"{step.name}.log", time.monotonic(), threading.Event()
+    reads = state_of_files(step.reads)
     with log.open("w", encoding="utf-8") as out:
         # A session of its own, so that what the process started ends with it.
         child = subprocess.Popen(step.command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -112,6 +117,7 @@ def _run(folder: Path, step: Step) -> None:
     child.returncode = os.waitstatus_to_exitcode(status)  # What it waits for is gone already.
     note = {
         "command": _shown(step.command),
+        "reads": reads,
         "seconds": round(time.monotonic() - begin, 2),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_bytes": usage.ru_maxrss * 1024,

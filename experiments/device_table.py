@@ -7,7 +7,7 @@ For every graph: exported and compared with JAX, quantised where it has a plan f
 off the compiler's plan, and run on the HTP simulator against float32. Samples are those of `experiments.generate
 --capture`, or random ones that the export draws; a part of them calibrates, others are run. Each step is a process, so
 that its memory comes back. What fails is noted in its row, and the next one follows. The same command again does what
-is missing.
+is missing, and anew what is of weights or samples that were written since.
 
     OUTPUT/device_table.json    all rows
     OUTPUT/GRAPH/               graph, binaries, reports; notes and logs of the commands in steps/
@@ -196,14 +196,19 @@ def split_samples(source: Path, folder: Path) -> int:
 def export_step(
     model: Path, folder: Path, graph: str, transformer: str, samples: Path, keep_tflite: bool, more: Sequence[str]
 ) -> Step:
+    from converters.graphs import component_folders
+
     part, onnx = PART.fullmatch(graph), folder / f"{graph}.onnx"
+    reads = [model / "generation.json", *component_folders(part[1] if part else graph, model, transformer).values()]
     command = python("converters.export_onnx", "--model", model, "--graph", part[1] if part else graph)
     command += ["--output", str(folder)]
     command += ["--transformer", transformer]
     command += ["--blocks", f"{part[2]}:{part[3]}"] if part else []
-    command += ["--samples", str(samples)] if samples.is_dir() else []
+    if samples.is_dir():
+        command += ["--samples", str(samples)]
+        reads.append(samples)
     command += ["--keep-tflite"] if keep_tflite else []
-    return Step("export", [*command, *more], files=(onnx, onnx.with_name(f"{onnx.name}.data")))
+    return Step("export", [*command, *more], files=(onnx, onnx.with_name(f"{onnx.name}.data")), reads=tuple(reads))
 
 
 def steps(

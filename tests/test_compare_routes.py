@@ -99,6 +99,10 @@ def test_rows_of_a_graph_and_going_on(model, tmp_path, capsys, monkeypatch):
     for _ in range(2):
         assert run_command(lambda: compare_routes.main([*command, "--jax2onnx", "python"])) == 0
     assert measured == ["tf2onnx", "jax2onnx"]
+    weights = next((model / "quicksrnet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes())
+    assert run_command(lambda: compare_routes.main(command)) == 0
+    assert measured[2:] == ["ours", "tf2onnx"]
     assert "quicksrnet: nodes: 9, jax2onnx 3" in capsys.readouterr().out
     assert run_command(lambda: compare_routes.main([*command, "--seed", "1"])) == 1
     assert "was made with seed 0 instead of 1" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from experiments import device_steps, device_table
 from experiments.device_steps import Step, read_note, run_steps
 from experiments.random_model import write_random_model
 from nd_jax.errors import UserError, run_command
+from nd_jax.files import state_of_files, write_text
 
 
 def counted(tmp_path, name, code="", **more):
@@ -45,6 +46,25 @@ def test_steps_that_are_done_are_not_done_again(tmp_path):
     assert [runs(tmp_path, name) for name in "abc"] == [3, 3, 3]
     note = read_note(tmp_path, "a")
     assert note["peak_bytes"] > 2**20 and note["seconds"] > 0 and note["command"].startswith("python -c ")
+
+
+def test_steps_follow_the_files_that_they_read(tmp_path):
+    """Written anew, even of the same size, or gone; files elsewhere do not matter."""
+    weights, config = tmp_path / "vae" / "model.safetensors", tmp_path / "generation.json"
+    weights.parent.mkdir()
+    weights.write_bytes(b"0123")
+    steps = [counted(tmp_path, "a", reads=(weights.parent, config)), counted(tmp_path, "b", after=("a",))]
+    for change, count in (
+        (lambda: None, 1),
+        (lambda: (tmp_path / "other.txt").touch(), 1),
+        (lambda: write_text(weights, "4567"), 2),
+        (lambda: config.write_text("{}"), 3),
+        (lambda: weights.unlink(), 4),
+        (lambda: None, 4),
+    ):
+        change()
+        run_steps(tmp_path, steps)
+        assert [runs(tmp_path, name) for name in "ab"] == [count, count]
 
 
 def test_a_step_that_fails_is_done_again(tmp_path):
@@ -117,6 +137,7 @@ def in_process(monkeypatch):
         assert step.command[1] == "-m" and step.command[2].startswith("converters.")
         (folder / "steps").mkdir(parents=True, exist_ok=True)
         note = {"command": device_steps._shown(step.command), "seconds": 1, "cpu_seconds": 1, "peak_bytes": 1}
+        note["reads"] = state_of_files(step.reads)
         main = importlib.import_module(step.command[2]).main
         try:
             assert main(step.command[3:]) == 0
@@ -167,6 +188,12 @@ def test_a_row_fails_and_the_next_one_follows(tmp_path, in_process, capsys):
     assert in_process == ["export", "compile_fp16_8-elite", "simulate_fp16_8-elite"]
     rows = json.loads((tmp_path / "table" / "device_table.json").read_text())["rows"]
     assert [row["graph"] for row in rows] == ["clip_l", "quicksrnet", "quicksrnet"] and rows[1:] == [fp16, w8a16]
+
+    # Weights that are written again are measured again.
+    in_process.clear()
+    weights.write_bytes(whole)
+    assert device_table.main([*command[:5], "clip_l", *command[6:8], "--precisions", "fp16", "--lean"]) == 0
+    assert in_process == ["export", "compile_fp16_8-elite", "simulate_fp16_8-elite"]
     assert not list((tmp_path / "table" / "clip_l").glob("*.data"))
 
 
