@@ -1,5 +1,6 @@
 """Component folders: tied keys, shards, buffers, dtypes, and folders that do not fit."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -47,6 +48,17 @@ def rewrite(folder, edit, name="model.safetensors"):
     tensors = load_file(folder / name)
     edit(tensors)
     save_file(tensors, folder / name, {"format": "pt"})
+
+
+def test_shapes_are_traced_once_and_are_the_callers_own():
+    traced = []
+    inputs = lambda config: traced.append(config) or networks.T5_ENCODER.inputs(config)
+    network = dataclasses.replace(networks.T5_ENCODER, inputs=inputs)
+    first = networks.abstract_params(network, CONFIG)
+    del first["blocks"]
+    assert "blocks" in networks.abstract_params(network, CONFIG, np.float32) and traced == [CONFIG]
+    half = networks.abstract_params(network, CONFIG, ml_dtypes.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {np.dtype(ml_dtypes.bfloat16)}
 
 
 def test_round_trip_is_bit_identical_and_runs_of_rows_do_not_matter(saved, monkeypatch):

@@ -22,6 +22,7 @@ from nd_jax.distill.base import Batch, Distillation, Mean, Params, Role, Roles
 from nd_jax.models.mmdit import MMDiTConfig, MMDiTOutput, PyramidMMDiT
 from nd_jax.models.mmdit_block import TokenGeometry
 from nd_jax.models.text_conditioning import Conditioning, TextEncoders, encode_text
+from nd_jax.models.traced_once import apply_network
 from nd_jax.pyramid.layout import VideoSize
 from nd_jax.pyramid.schedule import PyramidSchedule
 from nd_jax.pyramid.training import columns_to_stage
@@ -138,15 +139,16 @@ def apply_transformer(
 ) -> MMDiTOutput:
     """D of equation 2 for rows of one stage; `config` is `models.mmdit` or that of a pruned student."""
     network = PyramidMMDiT(config, dtype=dtype, remat=models.remat, attention=models.attention)
-    return network.apply(
-        {"params": transformer},
+    return apply_network(
+        network,
+        transformer,
         batch.state.tokens,
         text.context,
         text.pooled,
         batch.state.timestep,
         batch.geometry,
-        batch.state.target.shape[1],
-        states,
+        output_tokens=batch.state.target.shape[1],
+        return_block_states=states,
     )
 
 

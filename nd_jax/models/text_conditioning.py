@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from nd_jax.models import clip_text, t5
 from nd_jax.models.clip_text import CLIPText, CLIPTextConfig
 from nd_jax.models.context_adapter import ContextAdapter, ContextAdapterConfig
+from nd_jax.models.traced_once import apply_network
 
 # Columns of a batch: T5 ids and mask, and the ids of either CLIP.
 TEXT_COLUMNS = ("ids", "mask", "clip_ids", "clip_2_ids")
@@ -82,17 +83,19 @@ def encode_text(
       dtype: of the computation and the result.
     """
     pooled = [
-        CLIPText(config, dtype=dtype).apply({"params": params[name]}, batch[column]).text_embeds
+        apply_network(CLIPText(config, dtype=dtype), params[name], batch[column]).text_embeds
         for name, config, column in (
             ("text_encoder", encoders.text_encoder, "clip_ids"),
             ("text_encoder_2", encoders.text_encoder_2, "clip_2_ids"),
         )
     ]
-    tree = {"params": params["text_encoder_3"]}
+    tree = params["text_encoder_3"]
     if encoders.context_adapter is None:
-        context = t5.T5Encoder(encoders.text_encoder_3, dtype=dtype).apply(tree, batch["ids"], batch["mask"]).hidden
+        encoder = t5.T5Encoder(encoders.text_encoder_3, dtype=dtype)
+        context = apply_network(encoder, tree, batch["ids"], batch["mask"]).hidden
     else:
-        hidden = t5.DistilT5(encoders.text_encoder_3, dtype=dtype).apply(tree, batch["ids"], batch["mask"])
+        encoder = t5.DistilT5(encoders.text_encoder_3, dtype=dtype)
+        hidden = apply_network(encoder, tree, batch["ids"], batch["mask"])
         adapter = ContextAdapter(encoders.context_adapter, dtype=dtype)
-        context = adapter.apply({"params": params["context_adapter"]}, hidden)
+        context = apply_network(adapter, params["context_adapter"], hidden)
     return Conditioning(context, batch["mask"], jnp.concatenate(pooled, axis=-1))

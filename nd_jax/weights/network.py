@@ -1,6 +1,7 @@
 """One class of network in a model folder: its config, its module and its weight table in one value."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,13 @@ class Network:
 
 def abstract_params(network: Network, config: Any, dtype: Any = jnp.float32) -> dict:
     """Parameter tree of `jax.ShapeDtypeStruct`s, without allocating or computing anything."""
+    # A tree of the caller's own: the traced one is kept.
+    return jax.tree.map(lambda leaf: leaf, _traced_params(network, config, jnp.dtype(dtype)))
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_params(network: Network, config: Any, dtype: np.dtype) -> dict:
+    """Traced once: every role, checkpoint and folder of a network asks for its shapes, and tracing takes seconds."""
     module = network.module(config, param_dtype=dtype)
     variables = jax.eval_shape(module.init, jax.random.key(0), *network.inputs(config))
     return variables["params"]
