@@ -48,7 +48,7 @@ def write_text(path: Path, text: str) -> None:
 def state_of_files(places: Iterable[Path]) -> str:
     """Names, sizes and times of files, and of the files in folders, as one short text; equal while none was rewritten.
 
-    Nothing is read: it is for files of gigabytes. What is missing counts as missing.
+    Nothing is read: it is for files of gigabytes. What is missing is left out.
     """
     listed = [sorted(place.iterdir()) if place.is_dir() else [place] for place in places]
     stats = [(str(path), path.stat()) for paths in listed for path in paths if path.is_file()]
