@@ -58,7 +58,7 @@ def abstract_params(network: Network, config: Any, dtype: Any = jnp.float32) -> 
 
 @functools.lru_cache(maxsize=64)
 def _traced_params(network: Network, config: Any, dtype: np.dtype) -> dict:
-    """Traced once: every role, checkpoint and folder of a network asks for its shapes, and tracing takes seconds."""
+    """Traced once: every role and folder of a network asks for its shapes, which adds up to seconds of a start."""
     module = network.module(config, param_dtype=dtype)
     variables = jax.eval_shape(module.init, jax.random.key(0), *network.inputs(config))
     return variables["params"]
