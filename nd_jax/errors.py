@@ -1,10 +1,13 @@
 """The one exception that a command shows to its user without a traceback, and the way it does so."""
 
+import asyncio
 import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 
 class UserError(Exception):
@@ -24,6 +27,22 @@ def quiet_libraries() -> None:
     """Orbax and its event loop log a traceback for every failure that they also raise; the user needs one line."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # After a failed save TensorStore's threads report its other writes to an event loop that is closed by then: a
+    # traceback for each. What was not begun is never awaited.
+    sys.unraisablehook = _ignoring_closed_loops(sys.unraisablehook)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _ignoring_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+    """An unraisable-exception hook that leaves out what nobody waits for: a thread's call of a closed event loop."""
+
+    def unraisablehook(unraisable: Any) -> None:
+        trace = unraisable.exc_traceback
+        calls_loop = trace is not None and trace.tb_frame.f_code is asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+        if not (calls_loop and unraisable.exc_type is RuntimeError):
+            hook(unraisable)
+
+    return unraisablehook
 
 
 def run_command(main: Callable[[], int | None]) -> int:
@@ -32,5 +51,5 @@ def run_command(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")  # In one piece: `print` writes the end of the line apart.
         return 1

@@ -1,10 +1,12 @@
 """`experiments.train` as a user meets it: bad input gives one line that names the thing; folders give the weights."""
 
+import asyncio
 import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from experiments import train as command
 from experiments.config_file import load_config, plain
 from nd_jax.distill.registry import build_method
-from nd_jax.errors import UserError, first_line
+from nd_jax.errors import UserError, _ignoring_closed_loops, first_line
 from nd_jax.train.deployed import load_deployed
 from nd_jax.weights import networks
 from nd_jax.weights.folder import save_component
@@ -88,6 +90,21 @@ def test_first_line_of_mute_and_of_talkative_errors():
     assert first_line(ValueError("RESOURCE_EXHAUSTED: /a/b: No space left on device [28]")) == "No space left on device"
 
 
+def test_calls_of_a_closed_event_loop_are_left_out_and_nothing_else():
+    seen = []
+    hook = _ignoring_closed_loops(seen.append)
+    loop = asyncio.new_event_loop()
+    loop.close()
+    for call in (lambda: loop.call_soon_threadsafe(print), lambda: loop.run_until_complete(None), lambda: 1 / 0):
+        try:
+            call()
+        except (RuntimeError, ZeroDivisionError) as error:  # A thread of C++ hands over the frames from its call on.
+            trace = error.__traceback__.tb_next.tb_next or error.__traceback__.tb_next
+            hook(SimpleNamespace(exc_type=type(error), exc_value=error, exc_traceback=trace))
+    hook(SimpleNamespace(exc_type=RuntimeError, exc_value=None, exc_traceback=None))
+    assert [item.exc_type for item in seen] == [RuntimeError, ZeroDivisionError, RuntimeError]
+
+
 def test_the_command_prints_one_line_and_exits_1(tmp_path):
     args = [sys.executable, "-m", "experiments.train", "--config", CONFIG, "--workdir", str(tmp_path)]
     done = subprocess.run([*args, "--config.sed=1"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -110,10 +127,11 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(tmp_path):
     args += arguments(**({"data.prompts": str(prompts)} | SHORT | {"num_steps": 8}))
     limited = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *args]
     done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
-    # TensorStore's threads may print of their own around it.
+    # JAX may warn that it could not keep a compiled program either.
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
     assert lines[0].startswith("error: could not save") and lines[0].endswith("complete checkpoints: [2]")
+    assert "Traceback" not in done.stderr and "never awaited" not in done.stderr, done.stderr
     assert load_deployed(tmp_path / "w").step == 2
 
 
