@@ -1,5 +1,6 @@
 """Strict settings for every test, in the environment so that the processes which tests start have them too."""
 
+import gc
 import os
 import signal
 import sys
@@ -35,6 +36,9 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+# As `nd_jax.errors.run_command` does for commands.
+gc.set_threshold(20_000)
 
 # A suite that a script starts in the background ignores SIGINT, and so would the processes that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
