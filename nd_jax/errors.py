@@ -1,6 +1,5 @@
 """The one exception that a command shows to its user without a traceback, and the way it does so."""
 
-import asyncio
 import errno
 import gc
 import logging
@@ -39,7 +38,7 @@ def _ignoring_closed_loops(hook: Callable[[Any], object]) -> Callable[[Any], Non
 
     def unraisablehook(unraisable: Any) -> None:
         trace = unraisable.exc_traceback
-        calls_loop = trace is not None and trace.tb_frame.f_code is asyncio.BaseEventLoop.call_soon_threadsafe.__code__
+        calls_loop = trace is not None and trace.tb_frame.f_code.co_qualname == "BaseEventLoop.call_soon_threadsafe"
         if not (calls_loop and unraisable.exc_type is RuntimeError):
             hook(unraisable)
 
